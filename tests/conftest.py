@@ -1,0 +1,18 @@
+"""Test-wide settings: eight simulated devices, strict rank promotion.
+
+The environment is set before jax starts its backend. NPROC widens the thread
+pool: with fewer than two threads a simulated device, collectives in flight
+deadlock on a small machine.
+"""
+
+import os
+
+os.environ.setdefault('NPROC', '16')
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
