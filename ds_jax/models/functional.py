@@ -1,0 +1,82 @@
+"""A model as code and plain dicts of arrays.
+
+Training, checkpoints and routing hold a network's arrays in two flat dicts,
+`{'stages/3/0/pointwise/kernel': array, ...}`: parameters and batch statistics.
+`Architecture` is the rest of the model, and puts the two together again inside
+a jitted function.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+Arrays = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Variables:
+  """A network's arrays.
+
+  Attributes:
+    params: what is trained, by path.
+    batch_stats: running statistics of batch norms, by path.
+  """
+
+  params: Arrays
+  batch_stats: Arrays
+
+
+class Architecture:
+  """A model without its arrays."""
+
+  def __init__(self, model: nnx.Module):
+    self._graph, params, batch_stats = nnx.split(
+      model, nnx.Param, nnx.BatchStat
+    )
+    self._params = _Layout(params)
+    self._batch_stats = _Layout(batch_stats)
+
+  def bind(self, variables: Variables) -> Any:
+    """Returns the model with these arrays; no array is copied.
+
+    Raises:
+      ValueError: if names are missing or unknown.
+    """
+    return nnx.merge(
+      self._graph,
+      self._params.nest(variables.params),
+      self._batch_stats.nest(variables.batch_stats),
+    )
+
+
+def variables_of(model: nnx.Module) -> Variables:
+  """Returns a model's arrays."""
+  _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+  return Variables(_Layout(params).flat, _Layout(batch_stats).flat)
+
+
+class _Layout:
+  """The order and the nesting of a state's arrays."""
+
+  def __init__(self, state: nnx.State):
+    leaves, self._treedef = jax.tree_util.tree_flatten_with_path(
+      nnx.to_pure_dict(state)
+    )
+    self.flat = {_path_name(path): leaf for path, leaf in leaves}
+
+  def nest(self, flat: Arrays) -> Any:
+    if flat.keys() != self.flat.keys():
+      missing = sorted(self.flat.keys() - flat.keys())
+      unknown = sorted(flat.keys() - self.flat.keys())
+      raise ValueError(
+        f'These arrays are not this model: missing {missing}, unknown'
+        f' {unknown}.'
+      )
+    return jax.tree.unflatten(self._treedef, [flat[n] for n in self.flat])
+
+
+def _path_name(path) -> str:
+  return '/'.join(str(entry.key) for entry in path)

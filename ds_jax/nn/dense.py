@@ -1,0 +1,64 @@
+"""A dense layer whose narrower versions are leading slices of its kernel.
+
+Axes: N batch, I input features, O output features. Applied to NHWC images it
+is a 1 x 1 convolution.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class SlicedDense(nnx.Module):
+  """`y = x @ kernel[:i, :o] + bias[:o]`; i is read off x, o is chosen.
+
+  Narrower slices are prefixes of wider ones, so widening from o to o' keeps
+  the first o outputs and adds the rest: nested residual learning (DS-Net++,
+  section 3.1).
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    features: int,
+    *,
+    use_bias: bool = True,
+    rngs: nnx.Rngs,
+  ):
+    """Makes the full-size parameters.
+
+    Args:
+      in_features: I, the widest input.
+      features: O, the widest output.
+      use_bias: whether there is a bias.
+      rngs: the stream `params` initialises the kernel.
+    """
+    init = nnx.initializers.lecun_normal()
+    self.kernel = nnx.Param(init(rngs.params(), (in_features, features)))
+    self.bias = nnx.Param(jnp.zeros((features,))) if use_bias else None
+
+  def __call__(self, x: jax.Array, features: int | None = None) -> jax.Array:
+    """Applies the slice that takes x's width to `features`.
+
+    Args:
+      x: (..., i) with i <= I.
+      features: o, static; None means O.
+
+    Returns:
+      (..., o), in x's dtype.
+
+    Raises:
+      ValueError: if i or o is wider than the parameters.
+    """
+    full_in, full_out = self.kernel.shape
+    width = full_out if features is None else features
+    if x.shape[-1] > full_in or width > full_out:
+      raise ValueError(
+        f'Slice {x.shape[-1]} -> {width} does not fit a dense layer of'
+        f' {full_in} -> {full_out}.'
+      )
+    y = x @ self.kernel[: x.shape[-1], :width].astype(x.dtype)
+    if self.bias is None:
+      return y
+    bias = self.bias[:width].astype(x.dtype)
+    return y + bias.reshape((1,) * (y.ndim - 1) + (width,))

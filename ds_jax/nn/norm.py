@@ -1,0 +1,90 @@
+"""Batch norm for sliced networks: shared affine, statistics per sub-network.
+
+Axes: N batch, H, W, C channels, R rows of statistics.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class SlicedBatchNorm(nnx.Module):
+  """Normalises with the affine's leading slice and one row of statistics.
+
+  The same weights see other activations in each sub-network, so each keeps
+  running statistics of its own (switchable batch norm), one row apiece; scale
+  and bias are shared and sliced like every weight.
+  """
+
+  def __init__(self, features: int, num_rows: int, *, epsilon: float = 1e-5):
+    """Makes scale and bias (C,), running mean and variance (R, C).
+
+    Args:
+      features: C, the widest input.
+      num_rows: R, how many sub-networks tell their statistics apart here.
+      epsilon: added to the variance.
+    """
+    self.scale = nnx.Param(jnp.ones((features,)))
+    self.bias = nnx.Param(jnp.zeros((features,)))
+    self.mean = nnx.BatchStat(jnp.zeros((num_rows, features)))
+    self.variance = nnx.BatchStat(jnp.ones((num_rows, features)))
+    self.epsilon = epsilon
+
+  def __call__(
+    self,
+    x: jax.Array,
+    row: int,
+    momentum: float | jax.Array | None = None,
+  ) -> jax.Array:
+    """Normalises x over all axes but the last.
+
+    Args:
+      x: (..., c) with c <= C.
+      row: which statistics, static.
+      momentum: None normalises with the running statistics. A number m
+        normalises with the batch's and moves the running ones towards them:
+        `running += m * (batch - running)`. The running variance is the
+        unbiased one, as in PyTorch.
+
+    Returns:
+      Same shape and dtype as x; the arithmetic is float32.
+
+    Raises:
+      ValueError: if x is wider than the parameters or the row does not exist.
+    """
+    num_rows, full_width = self.mean.shape
+    width = x.shape[-1]
+    if width > full_width or not 0 <= row < num_rows:
+      raise ValueError(
+        f'Slice of {width} channels, row {row}, does not fit a batch norm of'
+        f' {full_width} channels and {num_rows} rows.'
+      )
+    if momentum is None:
+      mean, variance = self.mean[row, :width], self.variance[row, :width]
+    else:
+      mean, variance = _moments(x)
+      count = x.size // width
+      unbiased = variance * (count / max(count - 1, 1))
+      self._move(self.mean, row, mean, momentum)
+      self._move(self.variance, row, unbiased, momentum)
+    scale = self.scale[:width] * jax.lax.rsqrt(variance + self.epsilon)
+    shift = self.bias[:width] - mean * scale
+    shape = (1,) * (x.ndim - 1) + (width,)
+    y = x.astype(jnp.float32) * scale.reshape(shape) + shift.reshape(shape)
+    return y.astype(x.dtype)
+
+  def _move(self, running, row, batch, momentum):
+    width = batch.shape[0]
+    batch = jax.lax.stop_gradient(batch)
+    old = running[row, :width]
+    new = old + momentum * (batch - old)
+    running[...] = running[...].at[row, :width].set(new)
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and biased variance per channel, in one pass over x."""
+  x = x.astype(jnp.float32)
+  axes = tuple(range(x.ndim - 1))
+  mean = x.mean(axes)
+  variance = jnp.square(x).mean(axes) - jnp.square(mean)
+  return mean, jnp.maximum(variance, 0.0)
