@@ -1,0 +1,36 @@
+"""Images from disk to batches: sources, transforms, pipeline."""
+
+from ds_jax.data.pipeline import (
+  Batch,
+  DataConfig,
+  eval_batches,
+  num_eval_batches,
+  train_batches,
+)
+from ds_jax.data.sources import (
+  DatasetInfo,
+  DatasetNotFoundError,
+  Example,
+  Source,
+  channel_statistics,
+  dataset_info,
+  load_source,
+)
+from ds_jax.data.transforms import for_evaluation, normalize
+
+__all__ = [
+  'Batch',
+  'DataConfig',
+  'DatasetInfo',
+  'DatasetNotFoundError',
+  'Example',
+  'Source',
+  'channel_statistics',
+  'dataset_info',
+  'eval_batches',
+  'for_evaluation',
+  'load_source',
+  'normalize',
+  'num_eval_batches',
+  'train_batches',
+]

@@ -7,12 +7,18 @@ Every family offers the same few names: `model(images, subnet)`, its parts
 
 from flax import nnx
 
-from ds_jax.models.functional import Architecture, Variables, variables_of
+from ds_jax.models.functional import (
+  Architecture,
+  Arrays,
+  Variables,
+  variables_of,
+)
 from ds_jax.models.mobilenet import MobileNet, StageSpec
 from ds_jax.models.subnet import Cost, StageSlice, Subnet
 
 __all__ = [
   'Architecture',
+  'Arrays',
   'Cost',
   'MobileNet',
   'StageSlice',

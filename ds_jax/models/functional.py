@@ -6,17 +6,16 @@ Training, checkpoints and routing hold a network's arrays in two flat dicts,
 a jitted function.
 """
 
-import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
 from flax import nnx
 
 Arrays = dict[str, jax.Array]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Variables:
   """A network's arrays.
 

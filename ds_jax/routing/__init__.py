@@ -1,0 +1,1 @@
+"""Routing a batch: each image through the branch that its gate chose."""

@@ -1,0 +1,1 @@
+"""The two-stage schedule: supernet, calibration, gate."""

@@ -1,0 +1,263 @@
+"""Batches for training and evaluation, from a source by name.
+
+What a training batch holds depends on (seed, step) alone: not on threads, not
+on where a run was resumed. Processes share each global batch: together they
+read the images that one process would.
+
+Axes: N images of one process's share of a batch, S side of an image.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from ds_jax.data import sources, transforms
+
+Batch = dict[str, np.ndarray]
+
+_CROPS = (None, 'pad', 'resized')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What to read and how to augment it.
+
+  Attributes:
+    name: of the data set, as in `load_source`.
+    data_dir: as in `load_source`.
+    image_size: S, in pixels.
+    batch_size: images in a global batch, of all processes together.
+    crop: training crop: 'pad' (`random_crop` of the evaluation image),
+      'resized' (`random_resized_crop`) or None.
+    crop_padding: pixels on every side, for 'pad'.
+    crop_scale: range of the crop's share of the area, for 'resized'.
+    crop_ratio: share of the short side that evaluation keeps of an image
+      that has to be resized; 0.875 is usual for ImageNet.
+    flip: whether training mirrors half of the images.
+    num_threads: that prepare batches; 0 reads when asked, in the caller's.
+      Decoding large images gains from one a core. Small images in memory are
+      fastest with 1: more of them only wait for Python's global lock.
+  """
+
+  name: str
+  data_dir: str | None = None
+  image_size: int = 32
+  batch_size: int = 128
+  crop: str | None = 'pad'
+  crop_padding: int = 4
+  crop_scale: tuple[float, float] = (0.08, 1.0)
+  crop_ratio: float = 1.0
+  flip: bool = True
+  num_threads: int = 2
+
+  def __post_init__(self):
+    if self.crop not in _CROPS:
+      raise ValueError(f'Unknown crop {self.crop!r}; known: {_CROPS}.')
+    low, high = self.crop_scale
+    limits = {
+      'image_size': self.image_size >= 1,
+      'batch_size': self.batch_size >= 1,
+      'crop_padding': self.crop_padding >= 0,
+      'crop_scale': 0 < low <= high <= 1,
+      'crop_ratio': 0 < self.crop_ratio <= 1,
+      'num_threads': self.num_threads >= 0,
+    }
+    for option, fits in limits.items():
+      if not fits:
+        raise ValueError(
+          f'Data set option {option} is out of range:'
+          f' {getattr(self, option)!r}.'
+        )
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any]) -> 'DataConfig':
+    """Makes one from an experiment's `config.dataset`.
+
+    Args:
+      config: a `ConfigDict` or another mapping of attributes to values.
+
+    Returns:
+      The configuration.
+
+    Raises:
+      ValueError: if there is an option that `DataConfig` lacks, or a value out
+        of range.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(config) - set(known))
+    if unknown:
+      raise ValueError(
+        f'Unknown data set options {unknown}; known: {", ".join(known)}.'
+      )
+    return cls(**{option: config[option] for option in config})
+
+
+def train_batches(
+  config: DataConfig,
+  *,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """Endless shuffled, augmented batches; every epoch has a new order.
+
+  Epochs follow each other without a gap, so a batch may end one and begin the
+  next.
+
+  Args:
+    config: what to read.
+    seed: of order and augmentation.
+    start_step: the first batch given; resuming costs nothing.
+    process_index: this process reads images i, i + process_count, ... of the
+      global batch.
+    process_count: how many processes share a batch.
+
+  Returns:
+    An iterator over {'images': uint8 (N, S, S, 3), 'labels': int32 (N,)}, N =
+    batch_size / process_count. Its `close()` stops the threads.
+
+  Raises:
+    ValueError: if the batch does not divide among the processes, or is larger
+      than the train split.
+  """
+  source = sources.load_source(config.name, 'train', config.data_dir)
+  local_size = _local_batch_size(config, process_index, process_count)
+  if config.batch_size > len(source):
+    raise ValueError(
+      f'batch_size {config.batch_size} is larger than the train split of'
+      f' {config.name!r} with {len(source)} images.'
+    )
+  # Grain seeds epoch e with seed + e: unmixed, seed 1 would be seed 0 one
+  # epoch on.
+  mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  dataset = (
+    grain.MapDataset.source(source)
+    .shuffle(seed=mixed_seed)
+    .repeat()
+    .random_map(functools.partial(_augment, config), seed=mixed_seed)
+  )
+  # Sliced after repeating and mapping, so that the global batch and its random
+  # numbers are the same for any number of processes.
+  local = dataset[process_index::process_count].batch(local_size)
+  return _iterate(local[start_step:], config.num_threads)
+
+
+def eval_batches(
+  config: DataConfig,
+  split: str = 'test',
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """Every image of a split once, in order, in batches of one shape.
+
+  Args:
+    config: what to read.
+    split: 'test' or 'train'.
+    process_index: this process reads the process_index-th part of each global
+      batch.
+    process_count: how many processes share a batch.
+
+  Returns:
+    An iterator over `num_eval_batches` of {'images': uint8 (N, S, S, 3),
+    'labels': int32 (N,), 'mask': bool (N,)}, N = batch_size / process_count.
+    The mask is False where the last batch is filled up with zeros. `close()`
+    stops the threads.
+
+  Raises:
+    ValueError: if the batch does not divide among the processes.
+  """
+  source = sources.load_source(config.name, split, config.data_dir)
+  local_size = _local_batch_size(config, process_index, process_count)
+
+  def load_batch(step: int) -> Batch:
+    start = step * config.batch_size + process_index * local_size
+    indices = range(start, min(start + local_size, len(source)))
+    return _masked_batch([source[i] for i in indices], local_size, config)
+
+  steps = grain.MapDataset.range(num_eval_batches(config, split))
+  return _iterate(steps.map(load_batch), config.num_threads)
+
+
+def num_eval_batches(config: DataConfig, split: str = 'test') -> int:
+  """How many batches `eval_batches` gives, the same on every process.
+
+  Args:
+    config: what to read.
+    split: 'test' or 'train'.
+
+  Returns:
+    The size of the split over the global batch size, rounded up.
+  """
+  source = sources.load_source(config.name, split, config.data_dir)
+  return -(-len(source) // config.batch_size)
+
+
+def _local_batch_size(
+  config: DataConfig, process_index: int, process_count: int
+) -> int:
+  """One process's share of the global batch."""
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f'process_index {process_index} is not in 0 .. {process_count - 1}.'
+    )
+  if config.batch_size % process_count:
+    raise ValueError(
+      f'batch_size {config.batch_size} does not divide among {process_count}'
+      ' processes.'
+    )
+  return config.batch_size // process_count
+
+
+def _augment(
+  config: DataConfig, example: sources.Example, rng: np.random.Generator
+) -> dict[str, Any]:
+  """One training example, named as in a batch."""
+  image = example['image']
+  if config.crop == 'resized':
+    image = transforms.random_resized_crop(
+      image, rng, config.image_size, config.crop_scale
+    )
+  else:
+    image = transforms.for_evaluation(
+      image, config.image_size, config.crop_ratio
+    )
+  if config.crop == 'pad':
+    image = transforms.random_crop(image, rng, config.crop_padding)
+  if config.flip:
+    image = transforms.random_flip(image, rng)
+  return {'images': image, 'labels': np.int32(example['label'])}
+
+
+def _masked_batch(
+  examples: list[sources.Example], batch_size: int, config: DataConfig
+) -> Batch:
+  """Stacks examples for evaluation and fills up with masked zeros."""
+  size = config.image_size
+  images = np.zeros((batch_size, size, size, 3), np.uint8)
+  labels = np.zeros((batch_size,), np.int32)
+  for i, example in enumerate(examples):
+    images[i] = transforms.for_evaluation(
+      example['image'], size, config.crop_ratio
+    )
+    labels[i] = example['label']
+  mask = np.arange(batch_size) < len(examples)
+  return {'images': images, 'labels': labels, 'mask': mask}
+
+
+def _iterate(dataset: grain.MapDataset, num_threads: int) -> Iterator[Batch]:
+  """Reads ahead by threads, which end with the iterator."""
+  # Grain's default keeps 500 elements ahead, and an element here is a batch.
+  options = grain.ReadOptions(
+    num_threads=num_threads, prefetch_buffer_size=2 * num_threads
+  )
+  iterator = iter(dataset.to_iter_dataset(options))
+  try:
+    yield from iterator
+  finally:
+    iterator.close()

@@ -1,0 +1,181 @@
+"""Image transforms: uint8 (H, W, C) arrays on the host, one at a time.
+
+The random ones take a NumPy generator and draw from nothing else. Images stay
+uint8 until they are on the device, a quarter of the bytes of float32;
+`normalize` runs there.
+
+Axes: N images, H, W, C channels.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+_RESIZED_CROP_TRIES = 10
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """Resizes bilinearly; a smaller result is antialiased.
+
+  Args:
+    image: uint8 (H, W, 3).
+    height: of the result.
+    width: of the result.
+
+  Returns:
+    uint8 (height, width, 3).
+  """
+  resized = Image.fromarray(image).resize((width, height), Image.BILINEAR)
+  return np.asarray(resized)
+
+
+def center_crop_resize(
+  image: np.ndarray, size: int, crop_ratio: float
+) -> np.ndarray:
+  """Resizes the short side to `size / crop_ratio`, then crops the centre.
+
+  Args:
+    image: uint8 (H, W, 3).
+    size: S, side of the result.
+    crop_ratio: share of the short side that is kept; 0.875 is usual for
+      ImageNet.
+
+  Returns:
+    uint8 (S, S, 3).
+  """
+  height, width = image.shape[:2]
+  scale = round(size / crop_ratio) / min(height, width)
+  image = resize(image, round(height * scale), round(width * scale))
+  top = (image.shape[0] - size) // 2
+  left = (image.shape[1] - size) // 2
+  return image[top : top + size, left : left + size]
+
+
+def for_evaluation(
+  image: np.ndarray, size: int, crop_ratio: float = 1.0
+) -> np.ndarray:
+  """Brings an image to the model's size as evaluation and prediction do.
+
+  Args:
+    image: uint8 (H, W, 3).
+    size: S, side of the result.
+    crop_ratio: as in `center_crop_resize`.
+
+  Returns:
+    uint8 (S, S, 3): the image itself if it has that size already, else
+    `center_crop_resize` of it.
+  """
+  if image.shape[:2] == (size, size):
+    return image
+  return center_crop_resize(image, size, crop_ratio)
+
+
+def random_crop(
+  image: np.ndarray, rng: np.random.Generator, padding: int
+) -> np.ndarray:
+  """Pads with zeros on every side, then crops to the old size anywhere.
+
+  Args:
+    image: uint8 (H, W, C).
+    rng: gives the place, every one of (2 padding + 1)^2 as likely.
+    padding: in pixels.
+
+  Returns:
+    uint8 (H, W, C).
+  """
+  height, width, channels = image.shape
+  top, left = rng.integers(2 * padding + 1, size=2)
+  # Not np.pad, which takes longer than the rest of the augmentation.
+  padded = np.zeros(
+    (height + 2 * padding, width + 2 * padding, channels), image.dtype
+  )
+  padded[padding : padding + height, padding : padding + width] = image
+  return padded[top : top + height, left : left + width]
+
+
+def random_resized_crop(
+  image: np.ndarray,
+  rng: np.random.Generator,
+  size: int,
+  scale: tuple[float, float] = (0.08, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+  """Crops a random part and resizes it: Inception's augmentation.
+
+  Szegedy et al., "Going deeper with convolutions" (2015), section 6.
+
+  Args:
+    image: uint8 (H, W, 3).
+    rng: gives the crop.
+    size: S, side of the result.
+    scale: range of the crop's share of the image's area.
+    ratio: range of the crop's width / height, drawn log-uniformly.
+
+  Returns:
+    uint8 (S, S, 3).
+  """
+  top, left, height, width = _resized_crop_box(
+    image.shape[0], image.shape[1], rng, scale, ratio
+  )
+  return resize(image[top : top + height, left : left + width], size, size)
+
+
+def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Mirrors left and right for half of the images.
+
+  Args:
+    image: (H, W, C).
+    rng: decides.
+
+  Returns:
+    (H, W, C).
+  """
+  return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def normalize(
+  images: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+  """Takes pixels to `(pixel / 255 - mean) / std`, on the device.
+
+  Args:
+    images: uint8 (N, H, W, C).
+    mean: C numbers in units of pixel / 255.
+    std: C numbers in the same units.
+
+  Returns:
+    float32 (N, H, W, C).
+  """
+  mean = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1)
+  std = jnp.asarray(std, jnp.float32).reshape(1, 1, 1, -1)
+  return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def _resized_crop_box(
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+  """Draws (top, left, height, width) of a crop inside the image."""
+  log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+  for _ in range(_RESIZED_CROP_TRIES):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(*log_ratio))
+    crop_width = round(math.sqrt(area * aspect))
+    crop_height = round(math.sqrt(area / aspect))
+    if 0 < crop_width <= width and 0 < crop_height <= height:
+      top = int(rng.integers(height - crop_height + 1))
+      left = int(rng.integers(width - crop_width + 1))
+      return top, left, crop_height, crop_width
+  # No crop fitted, so the image is long and narrow: the largest centred one
+  # whose ratio is allowed.
+  crop_width = min(width, round(height * ratio[1]))
+  crop_height = min(height, round(width / ratio[0]))
+  top, left = (height - crop_height) // 2, (width - crop_width) // 2
+  return top, left, crop_height, crop_width

@@ -1,0 +1,237 @@
+"""Stage II: the slimming head learns to route; everything else is frozen.
+
+Axes: N batch, K buckets, C classes.
+
+The trunk and every bucket's branch run forward once, without gradient, and
+give logits z_k. A straight-through Gumbel one-hot g of the gate's logits mixes
+them, `z = sum_k g_k z_k`, and
+
+    loss = a * CE(gate logits, SGS label) + b * CE(z, label) + MAdds term
+
+(DS-Net++, section 4.2). The MAdds term is the paper's `c * (mean MAdds /
+unit)^2`, or, where a `target_madds` is stated, `price * mean MAdds / widest
+MAdds`. The price moves with the difference between what the gate would spend
+at inference (argmax, no noise) and the target: dual ascent. It is negative
+where the gate spends too little, as it does without it: SGS labels are so
+unbalanced on a trained network that the argmax is always the first bucket.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ds_jax import models
+from ds_jax.train import losses, mesh, optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class GateConfig:
+  """Stage II.
+
+  Attributes:
+    num_epochs: how long.
+    optimizer: see `OptimizerConfig`.
+    sandwich_weight: a, of the SGS labels' cross-entropy.
+    routed_weight: b, of the routed output's cross-entropy.
+    madds_weight: c, used where there is no target.
+    madds_unit: what MAdds are counted in for c.
+    target_madds: mean MAdds per image to hold; None leaves it to c.
+    price_rate: how fast the price moves, per step and unit of excess.
+    hard_images: `try_best` or `give_up`; see `losses.sandwich_labels`.
+    temperature: of the relaxed sample.
+    label_smoothing: of both cross-entropies.
+    ema_decay: of the head; in the first steps t, (1 + t) / (10 + t).
+  """
+
+  num_epochs: float
+  optimizer: optimizer.OptimizerConfig
+  sandwich_weight: float = 1.0
+  routed_weight: float = 1.0
+  madds_weight: float = 0.5
+  madds_unit: float = 1e9
+  target_madds: float | None = None
+  price_rate: float = 0.01
+  hard_images: str = 'try_best'
+  temperature: float = 1.0
+  label_smoothing: float = 0.0
+  ema_decay: float = 0.99
+
+
+@flax.struct.dataclass
+class GateState:
+  """What a step changes, and the frozen network beside it.
+
+  Attributes:
+    frozen: the network; its own slimming head is not used.
+    head: the slimming head in training.
+    ema: its moving average, the result of the stage.
+    opt_state: Optax's.
+    price: of MAdds, in units of the loss per widest bucket's MAdds.
+  """
+
+  frozen: models.Variables
+  head: models.Arrays
+  ema: models.Arrays
+  opt_state: optax.OptState
+  price: jax.Array
+
+
+class Gate:
+  """Stage II as `init`, `step` and `finish`."""
+
+  name = 'gate'
+
+  def __init__(
+    self,
+    config: GateConfig,
+    model,
+    normalize,
+    *,
+    image_size: int,
+    num_steps: int,
+    steps_per_epoch: int,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: the stage's numbers.
+      model: the supernet; its arrays are not used.
+      normalize: uint8 images to the model's floats.
+      image_size: for MAdds.
+      num_steps: how long.
+      steps_per_epoch: for the warm-up.
+      seed: of the Gumbel noise.
+      mesh: the devices.
+
+    Raises:
+      ValueError: if `target_madds` is out of the routing space's reach.
+    """
+    self.config = config
+    self.num_steps = num_steps
+    self.seed = seed
+    self.mesh = mesh
+    self._architecture = models.Architecture(model)
+    self._normalize = normalize
+    self._madds = np.asarray(
+      [model.cost(s, image_size).madds for s in model.routing_space]
+    )
+    _check_target(config.target_madds, self._madds)
+    self.schedule = optimizer.learning_rate_schedule(
+      config.optimizer, num_steps, steps_per_epoch
+    )
+    self._optimizer = optimizer.make_optimizer(config.optimizer, self.schedule)
+    self._compile()
+
+  def _compile(self):
+    self._step = jax.jit(
+      self._step_,
+      out_shardings=mesh.replicated(self.mesh),
+      donate_argnames='state',
+    )
+
+  def init(self, variables: models.Variables) -> GateState:
+    """Returns the state before the first step."""
+    frozen = mesh.replicate(self.mesh, variables)
+    head = {p: x for p, x in variables.params.items() if is_head(p)}
+    head, ema = (mesh.replicate(self.mesh, head) for _ in range(2))
+    opt_state = jax.jit(
+      self._optimizer.init, out_shardings=mesh.replicated(self.mesh)
+    )(head)
+    price = mesh.replicate(self.mesh, jnp.float32(0))
+    return GateState(frozen, head, ema, opt_state, price)
+
+  def step(self, state: GateState, batch, step: int):
+    """Runs one update; see `Supernet.step`."""
+    batch = mesh.shard_batch(self.mesh, batch)
+    return self._step(state, batch['images'], batch['labels'], jnp.int32(step))
+
+  def finish(self, state: GateState) -> models.Variables:
+    """Returns the network with the averaged head."""
+    return _with_head(state.frozen, state.ema)
+
+  def _step_(self, state, images, labels, step):
+    features, logits = self._forward(state.frozen, images)
+    key = jax.random.fold_in(jax.random.key(self.seed), step)
+    gradient, metrics = jax.grad(self._loss, has_aux=True)(
+      state.head, state, features, logits, labels, key
+    )
+    updates, opt_state = self._optimizer.update(
+      gradient, state.opt_state, state.head
+    )
+    head = optax.apply_updates(state.head, updates)
+    decay = jnp.minimum(self.config.ema_decay, (1 + step) / (10 + step))
+    state = state.replace(
+      head=head,
+      ema=optax.incremental_update(head, state.ema, 1 - decay),
+      opt_state=opt_state,
+      price=self._next_price(state.price, metrics['madds']),
+    )
+    metrics['gradient_norm'] = optax.global_norm(gradient)
+    return state, {**metrics, 'price': state.price}
+
+  def _forward(self, frozen, images):
+    """Returns the trunk's features and all buckets' logits (K, N, C)."""
+    model = self._architecture.bind(frozen)
+    features = model.trunk(self._normalize(images))
+    logits = [model.branch(features, s) for s in model.routing_space]
+    return features, jnp.stack(logits)
+
+  def _loss(self, head, state, features, logits, labels, key):
+    config = self.config
+    model = self._architecture.bind(_with_head(state.frozen, head))
+    gate_logits = model.gate_logits(features)
+    one_hot = losses.straight_through_gumbel(
+      key, gate_logits, config.temperature
+    )
+    routed = jnp.einsum('nk,knc->nc', one_hot, logits)
+    correct = (logits.argmax(-1) == labels[None]).T
+    targets = losses.sandwich_labels(correct, config.hard_images)
+    sandwich = losses.cross_entropy(
+      gate_logits, targets, config.label_smoothing
+    )
+    task = losses.cross_entropy(routed, labels, config.label_smoothing)
+    loss = config.sandwich_weight * sandwich + config.routed_weight * task
+    loss += self._madds_term(one_hot, state.price)
+    madds = jnp.asarray(self._madds, jnp.float32)
+    metrics = {
+      'loss/sandwich': sandwich,
+      'loss/routed': task,
+      'madds': madds[gate_logits.argmax(-1)].mean(),
+      'easy': (targets == 0).mean(),
+    }
+    return loss, metrics
+
+  def _madds_term(self, one_hot, price):
+    spent = (one_hot @ jnp.asarray(self._madds, jnp.float32)).mean()
+    if self.config.target_madds is None:
+      return self.config.madds_weight * (spent / self.config.madds_unit) ** 2
+    return price * spent / self._madds[-1]
+
+  def _next_price(self, price, madds):
+    if self.config.target_madds is None:
+      return price
+    excess = (madds - self.config.target_madds) / self._madds[-1]
+    return price + self.config.price_rate * excess
+
+
+def is_head(path: str) -> bool:
+  """Whether a parameter is the slimming head's."""
+  return 'slim' in path.split('/')
+
+
+def _with_head(variables, head):
+  return variables.replace(params={**variables.params, **head})
+
+
+def _check_target(target, madds):
+  if target is not None and not madds[0] <= target <= madds[-1]:
+    raise ValueError(
+      f'gate.target_madds={target:g} is out of reach: the buckets cost'
+      f' {madds[0]:,} to {madds[-1]:,} MAdds.'
+    )

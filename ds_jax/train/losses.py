@@ -1,0 +1,71 @@
+"""The losses of both stages, as pure functions.
+
+Axes: N batch, C classes, K buckets. All arithmetic is float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(
+  logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+  """Mean cross-entropy of logits (N, C) to integer labels (N,)."""
+  targets = jax.nn.one_hot(labels, logits.shape[-1])
+  targets = optax.smooth_labels(targets, label_smoothing)
+  return soft_cross_entropy(logits, targets)
+
+
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Mean cross-entropy of logits (N, C) to probabilities (N, C)."""
+  return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def sandwich_labels(
+  correct: jax.Array, hard_images: str = 'try_best'
+) -> jax.Array:
+  """Labels of sandwich gate sparsification (DS-Net, section 3.4).
+
+  Easy images (the narrowest bucket is right) get the first bucket, dependent
+  ones (only the widest bucket is right) the last, and hard ones (both are
+  wrong) the last (`try_best`) or the first (`give_up`).
+
+  Args:
+    correct: (N, K) bool, whether bucket k classifies the image rightly.
+    hard_images: `try_best` or `give_up`.
+
+  Returns:
+    (N,) int32, 0 or K - 1.
+
+  Raises:
+    ValueError: for another `hard_images`.
+  """
+  if hard_images not in ('try_best', 'give_up'):
+    raise ValueError(
+      f"hard_images={hard_images!r}: expected 'try_best' or 'give_up'."
+    )
+  easy, last = correct[:, 0], correct[:, -1]
+  to_first = easy if hard_images == 'try_best' else easy | ~last
+  return jnp.where(to_first, 0, correct.shape[1] - 1).astype(jnp.int32)
+
+
+def straight_through_gumbel(
+  key: jax.Array, logits: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+  """A one-hot sample of softmax(logits) with the relaxed sample's gradient.
+
+  Args:
+    key: for the Gumbel noise.
+    logits: (N, K).
+    temperature: of the relaxed sample.
+
+  Returns:
+    (N, K): one-hot in value, `softmax((logits + noise) / temperature)` in
+    gradient.
+  """
+  noisy = (logits + jax.random.gumbel(key, logits.shape)) / temperature
+  soft = jax.nn.softmax(noisy)
+  hard = jax.nn.one_hot(noisy.argmax(-1), logits.shape[-1])
+  # Grouped so that the forward value is `hard` to the bit.
+  return hard + (soft - jax.lax.stop_gradient(soft))

@@ -1,0 +1,86 @@
+"""Optimisers and schedules, from plain numbers to Optax."""
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """An Optax optimiser with a warm-up and cosine schedule.
+
+  Attributes:
+    name: `sgd` (momentum) or `adamw`.
+    learning_rate: the peak.
+    momentum: of SGD.
+    nesterov: whether SGD looks ahead.
+    weight_decay: added to SGD's gradient (as in PyTorch), or AdamW's own;
+      vectors (norms, biases) are left alone.
+    warmup_epochs: linear, from `warmup_init` to `learning_rate`.
+    warmup_init: the first learning rate.
+    end_factor: the last learning rate as a share of the peak.
+    clip_norm: the gradient's largest global norm; None leaves it.
+  """
+
+  name: str = 'sgd'
+  learning_rate: float = 0.1
+  momentum: float = 0.9
+  nesterov: bool = False
+  weight_decay: float = 0.0
+  warmup_epochs: float = 0.0
+  warmup_init: float = 0.0
+  end_factor: float = 0.0
+  clip_norm: float | None = None
+
+  def __post_init__(self):
+    if self.name not in ('sgd', 'adamw'):
+      raise ValueError(
+        f"optimizer.name={self.name!r}: expected 'sgd' or 'adamw'."
+      )
+
+
+def learning_rate_schedule(
+  config: OptimizerConfig, num_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+  """Returns step -> learning rate: linear warm-up, then cosine decay.
+
+  Raises:
+    ValueError: if the warm-up is longer than the training.
+  """
+  warmup = round(config.warmup_epochs * steps_per_epoch)
+  if warmup >= num_steps:
+    raise ValueError(
+      f'A warm-up of {warmup} steps leaves none of {num_steps} training steps;'
+      ' lower optimizer.warmup_epochs or raise num_epochs.'
+    )
+  return optax.warmup_cosine_decay_schedule(
+    config.warmup_init if warmup else config.learning_rate,
+    config.learning_rate,
+    warmup,
+    num_steps,
+    config.learning_rate * config.end_factor,
+  )
+
+
+def make_optimizer(
+  config: OptimizerConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """Returns clipping, weight decay and the named optimiser in a chain."""
+  parts = []
+  if config.clip_norm is not None:
+    parts.append(optax.clip_by_global_norm(config.clip_norm))
+  if config.name == 'adamw':
+    decay = dict(weight_decay=config.weight_decay, mask=_matrices)
+    parts.append(optax.adamw(schedule, **decay))
+  else:
+    if config.weight_decay:
+      parts.append(optax.add_decayed_weights(config.weight_decay, _matrices))
+    parts.append(
+      optax.sgd(schedule, config.momentum or None, nesterov=config.nesterov)
+    )
+  return optax.chain(*parts)
+
+
+def _matrices(params):
+  return jax.tree.map(lambda p: p.ndim > 1, params)

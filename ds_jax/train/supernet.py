@@ -1,0 +1,268 @@
+"""Stage I: one supernet whose sub-networks are all good.
+
+Each step (DS-Net++, section 4.1) runs the widest network with cross-entropy to
+the labels, and `n` random sub-networks and the narrowest with cross-entropy to
+a teacher: the widest network of the exponential moving average (in-place
+bootstrapping), for the narrowest optionally the mean of the average's widest
+and random sub-networks (in-place ensemble bootstrapping). The gradients of all
+passes are summed for one update.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ds_jax import models
+from ds_jax.train import losses, mesh, optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SupernetConfig:
+  """Stage I.
+
+  Attributes:
+    num_epochs: how long.
+    optimizer: see `OptimizerConfig`.
+    num_random: random sub-networks a step, beside the widest and narrowest.
+    ensemble: whether the narrowest learns from an ensemble (IEB, not IB).
+    ema_decay: of parameters and statistics; in the first steps t the decay is
+      (1 + t) / (10 + t) where that is less.
+    label_smoothing: of the widest's loss.
+    momentum: the batch's share in the running statistics.
+    accumulation_steps: micro-batches that a batch is split into.
+  """
+
+  num_epochs: float
+  optimizer: optimizer.OptimizerConfig
+  num_random: int = 2
+  ensemble: bool = False
+  ema_decay: float = 0.997
+  label_smoothing: float = 0.1
+  momentum: float = 0.1
+  accumulation_steps: int = 1
+
+
+@flax.struct.dataclass
+class SupernetState:
+  """What a step changes.
+
+  Attributes:
+    variables: the network in training.
+    ema: its moving average: the teacher, and the result of the stage.
+    opt_state: Optax's.
+  """
+
+  variables: models.Variables
+  ema: models.Variables
+  opt_state: optax.OptState
+
+
+class Supernet:
+  """Stage I as `init`, `step` and `finish`."""
+
+  name = 'supernet'
+
+  def __init__(
+    self,
+    config: SupernetConfig,
+    model,
+    normalize,
+    *,
+    num_steps: int,
+    steps_per_epoch: int,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: the stage's numbers.
+      model: the supernet; its arrays are not used.
+      normalize: uint8 images to the model's floats.
+      num_steps: how long.
+      steps_per_epoch: for the warm-up.
+      seed: of sub-network draws and dropout.
+      mesh: the devices.
+
+    Raises:
+      ValueError: if the model has too few sub-networks for `num_random`.
+    """
+    self.config = config
+    self.num_steps = num_steps
+    self.seed = seed
+    self.mesh = mesh
+    self._architecture = models.Architecture(model)
+    self._normalize = normalize
+    self._narrowest, self._widest = model.narrowest, model.widest
+    self._between = [
+      s for s in model.routing_space[1:] if s.index != model.widest.index
+    ]
+    if config.num_random > len(self._between):
+      raise ValueError(
+        f'supernet.num_random={config.num_random}, but the model has only'
+        f' {len(self._between)} sub-networks between narrowest and widest.'
+      )
+    self.schedule = optimizer.learning_rate_schedule(
+      config.optimizer, num_steps, steps_per_epoch
+    )
+    self._optimizer = optimizer.make_optimizer(config.optimizer, self.schedule)
+    self._compile()
+
+  def _compile(self):
+    jit = functools.partial(jax.jit, out_shardings=mesh.replicated(self.mesh))
+    # Teachers' outputs stay split along the batch, like the images.
+    self._teach = jax.jit(self._teach_, static_argnames='subnet')
+    self._widest_gradient = jit(self._widest_gradient_)
+    self._student_gradient = jit(
+      self._student_gradient_,
+      static_argnames='subnet',
+      donate_argnames='gradient',
+    )
+    self._update = jit(self._update_, donate_argnames='state')
+
+  def init(self, variables: models.Variables) -> SupernetState:
+    """Returns the state before the first step."""
+    variables = mesh.replicate(self.mesh, variables)
+    opt_state = jax.jit(
+      self._optimizer.init, out_shardings=mesh.replicated(self.mesh)
+    )(variables.params)
+    ema = mesh.replicate(self.mesh, variables)
+    return SupernetState(variables, ema, opt_state)
+
+  def step(self, state: SupernetState, batch, step: int):
+    """Runs one update.
+
+    Args:
+      state: donated.
+      batch: this process's `images` (n, H, W, 3) uint8 and `labels` (n,).
+      step: how many came before.
+
+    Returns:
+      The new state and scalar metrics, both still on their way.
+    """
+    subnets = self.draw(step)
+    micro_batches = self.config.accumulation_steps
+    gradient = None
+    batch_stats = state.variables.batch_stats
+    all_metrics = []
+    for i in range(micro_batches):
+      part = {k: np.split(v, micro_batches)[i] for k, v in batch.items()}
+      part = mesh.shard_batch(self.mesh, part)
+      variables = state.variables.replace(batch_stats=batch_stats)
+      key = jax.random.fold_in(
+        jax.random.key(self.seed), step * micro_batches + i
+      )
+      gradient, batch_stats, metrics = self.gradient(
+        variables, state.ema, part, subnets, key, gradient
+      )
+      all_metrics.append(metrics)
+    state, norm = self._update(
+      state.replace(variables=state.variables.replace(batch_stats=batch_stats)),
+      gradient,
+      jnp.int32(step),
+    )
+    metrics = jax.tree.map(lambda *m: sum(m) / micro_batches, *all_metrics)
+    return state, {**metrics, 'gradient_norm': norm}
+
+  def finish(self, state: SupernetState) -> models.Variables:
+    """Returns the stage's result, the moving average."""
+    return state.ema
+
+  def draw(self, step: int) -> list[models.Subnet]:
+    """Returns the step's random sub-networks, the same on every process."""
+    generator = np.random.default_rng((self.seed, step))
+    picks = generator.choice(
+      len(self._between), self.config.num_random, replace=False
+    )
+    return [self._between[i] for i in sorted(picks, reverse=True)]
+
+  def gradient(self, variables, teacher, batch, subnets, key, gradient=None):
+    """Sums the gradients of the widest, `subnets` and the narrowest.
+
+    Args:
+      variables: the students.
+      teacher: the variables whose widest network the others learn from.
+      batch: sharded `images` and `labels`.
+      subnets: the random sub-networks, in the order in which they run.
+      key: for dropout.
+      gradient: what to add to, donated; None means zero.
+
+    Returns:
+      The gradient, the batch statistics after all passes, and the losses.
+    """
+    images, labels = batch['images'], batch['labels']
+    targets = self._teach(teacher, images, subnet=self._widest)
+    gradient, batch_stats, metrics = self._widest_gradient(
+      variables, images, labels, key, gradient
+    )
+    teachers = [targets]
+    for subnet in (*subnets, self._narrowest):
+      if self.config.ensemble and subnet is self._narrowest:
+        targets = sum(teachers) / len(teachers)
+      variables = variables.replace(batch_stats=batch_stats)
+      gradient, batch_stats, loss = self._student_gradient(
+        variables, images, targets, gradient, subnet=subnet
+      )
+      metrics[f'loss/{subnet.index}'] = loss
+      if self.config.ensemble and subnet is not self._narrowest:
+        teachers.append(self._teach(teacher, images, subnet=subnet))
+    return gradient, batch_stats, metrics
+
+  def _teach_(self, teacher, images, subnet):
+    model = self._architecture.bind(teacher)
+    return jax.nn.softmax(model(self._normalize(images), subnet))
+
+  def _widest_gradient_(self, variables, images, labels, key, gradient):
+    def loss_fn(logits):
+      return losses.cross_entropy(logits, labels, self.config.label_smoothing)
+
+    loss, logits, new, batch_stats = self._gradient(
+      variables, images, self._widest, loss_fn, key
+    )
+    if gradient is not None:
+      new = jax.tree.map(jnp.add, gradient, new)
+    accuracy = (logits.argmax(-1) == labels).mean()
+    return new, batch_stats, {'loss/widest': loss, 'accuracy': accuracy}
+
+  def _student_gradient_(self, variables, images, targets, gradient, subnet):
+    def loss_fn(logits):
+      return losses.soft_cross_entropy(logits, targets)
+
+    loss, _, new, batch_stats = self._gradient(
+      variables, images, subnet, loss_fn
+    )
+    return jax.tree.map(jnp.add, gradient, new), batch_stats, loss
+
+  def _gradient(self, variables, images, subnet, loss_fn, key=None):
+    images = self._normalize(images)
+
+    def forward(params):
+      model = self._architecture.bind(variables.replace(params=params))
+      logits = model(images, subnet, momentum=self.config.momentum, rng=key)
+      batch_stats = models.variables_of(model).batch_stats
+      return loss_fn(logits), (logits, batch_stats)
+
+    (loss, (logits, batch_stats)), gradient = jax.value_and_grad(
+      forward, has_aux=True
+    )(variables.params)
+    return loss, logits, gradient, batch_stats
+
+  def _update_(self, state, gradient, step):
+    if self.config.accumulation_steps > 1:
+      share = 1 / self.config.accumulation_steps
+      gradient = jax.tree.map(lambda g: g * share, gradient)
+    params = state.variables.params
+    updates, opt_state = self._optimizer.update(
+      gradient, state.opt_state, params
+    )
+    variables = state.variables.replace(
+      params=optax.apply_updates(params, updates)
+    )
+    decay = jnp.minimum(self.config.ema_decay, (1 + step) / (10 + step))
+    ema = optax.incremental_update(variables, state.ema, 1 - decay)
+    return SupernetState(variables, ema, opt_state), optax.global_norm(gradient)

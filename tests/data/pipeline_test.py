@@ -1,0 +1,242 @@
+"""Tests of the batches: order, shares of processes, resuming, masks."""
+
+import collections
+import dataclasses
+import itertools
+import threading
+
+import ml_collections
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from ds_jax import data
+
+# 1,437 images in train and 360 in test.
+CONFIG = data.DataConfig('digits', batch_size=100)
+PLAIN = dataclasses.replace(CONFIG, crop=None, flip=False)
+
+
+def take(batches, count):
+  taken = list(itertools.islice(batches, count))
+  batches.close()
+  return taken
+
+
+def pixels(batches):
+  """The images as bytes: digits are all different."""
+  return [image.tobytes() for batch in batches for image in batch['images']]
+
+
+def assert_equal_batches(left, right):
+  assert len(left) == len(right) > 0
+  for one, other in zip(left, right, strict=True):
+    assert one.keys() == other.keys()
+    for key in one:
+      np.testing.assert_array_equal(one[key], other[key])
+
+
+def source_pixels(split):
+  source = data.load_source('digits', split)
+  return [source[i]['image'].tobytes() for i in range(len(source))]
+
+
+class TrainBatchesTest(parameterized.TestCase):
+  def test_shapes_and_types(self):
+    (batch,) = take(data.train_batches(CONFIG, seed=0), 1)
+    assert batch['images'].shape == (100, 32, 32, 3)
+    assert batch['images'].dtype == np.uint8
+    assert batch['labels'].shape == (100,)
+    assert batch['labels'].dtype == np.int32
+
+  @parameterized.parameters('pad', 'resized')
+  def test_resumed_batches_equal_the_uninterrupted(self, crop):
+    config = dataclasses.replace(CONFIG, crop=crop)
+    # Step 17 lies in the second epoch.
+    whole = take(data.train_batches(config, seed=3), 20)
+    resumed = take(data.train_batches(config, seed=3, start_step=17), 3)
+    assert_equal_batches(whole[17:], resumed)
+
+  @parameterized.parameters(0, 1, 7)
+  def test_batches_do_not_depend_on_threads(self, num_threads):
+    config = dataclasses.replace(CONFIG, num_threads=num_threads)
+    expected = take(data.train_batches(CONFIG, seed=3), 5)
+    assert_equal_batches(expected, take(data.train_batches(config, seed=3), 5))
+
+  @parameterized.parameters(2, 4)
+  def test_processes_share_the_batches_of_one(self, count):
+    whole = take(data.train_batches(CONFIG, seed=0), 16)
+    shares = [
+      take(
+        data.train_batches(
+          CONFIG, seed=0, process_index=i, process_count=count
+        ),
+        16,
+      )
+      for i in range(count)
+    ]
+    for step, batch in enumerate(whole):
+      for i in range(count):
+        for key in batch:
+          np.testing.assert_array_equal(
+            shares[i][step][key], batch[key][i::count]
+          )
+
+  def test_processes_read_disjoint_images_that_cover_the_epoch(self):
+    config = dataclasses.replace(PLAIN, batch_size=1436)
+    one, two = (
+      pixels(
+        take(
+          data.train_batches(config, seed=0, process_index=i, process_count=2),
+          1,
+        )
+      )
+      for i in range(2)
+    )
+    assert not set(one) & set(two)
+    assert len(set(one) | set(two)) == 1436
+
+  def test_each_epoch_has_every_image_once_in_a_new_order(self):
+    stream = pixels(take(data.train_batches(PLAIN, seed=0), 44))
+    epochs = [stream[i * 1437 : (i + 1) * 1437] for i in range(3)]
+    train = sorted(source_pixels('train'))
+    for epoch in epochs:
+      assert sorted(epoch) == train
+    assert len({tuple(epoch) for epoch in [*epochs, train]}) == 4
+
+  def test_labels_stay_with_their_images(self):
+    source = data.load_source('digits', 'train')
+    label_of = {
+      source[i]['image'].tobytes(): source[i]['label']
+      for i in range(len(source))
+    }
+    batches = take(data.train_batches(PLAIN, seed=1), 3)
+    labels = np.concatenate([batch['labels'] for batch in batches])
+    assert [label_of[image] for image in pixels(batches)] == labels.tolist()
+
+  def test_seed_changes_order_and_is_not_the_next_epoch_of_another(self):
+    config = dataclasses.replace(PLAIN, batch_size=1437)
+    zero = take(data.train_batches(config, seed=0), 2)
+    (one,) = take(data.train_batches(config, seed=1), 1)
+    for batch in zero:
+      assert (batch['images'] != one['images']).any()
+
+  def test_augmentation_changes_from_epoch_to_epoch(self):
+    config = dataclasses.replace(CONFIG, batch_size=1437)
+    first, second = take(data.train_batches(config, seed=0), 2)
+    same = set(pixels([first])) & set(pixels([second]))
+    # By chance one in 81 crops x 2 flips comes again; some digits' pixels also
+    # stay within the crop.
+    assert len(same) < 60
+
+  def test_close_ends_the_threads(self):
+    before = set(threading.enumerate())
+    batches = data.train_batches(CONFIG, seed=0)
+    next(batches)
+    assert set(threading.enumerate()) - before
+    batches.close()
+    started = set(threading.enumerate()) - before
+    for thread in started:
+      thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in started)
+
+  @parameterized.parameters(
+    ({'batch_size': 1438}, 1, 'larger than the train split .* 1437'),
+    ({'batch_size': 100}, 3, '100 does not divide among 3'),
+  )
+  def test_unusable_batch_size_is_refused_at_once(self, options, count, text):
+    config = dataclasses.replace(CONFIG, **options)
+    with pytest.raises(ValueError, match=text):
+      data.train_batches(config, seed=0, process_count=count)
+
+  def test_process_index_must_be_below_the_count(self):
+    with pytest.raises(ValueError, match='process_index 2 is not in 0 .. 1'):
+      data.train_batches(CONFIG, seed=0, process_index=2, process_count=2)
+
+
+class EvalBatchesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('test', 100, 4), ('test', 90, 4), ('train', 479, 3)
+  )
+  def test_every_image_once_in_order(self, split, batch_size, num_batches):
+    config = dataclasses.replace(CONFIG, batch_size=batch_size)
+    batches = list(data.eval_batches(config, split))
+    assert len(batches) == data.num_eval_batches(config, split) == num_batches
+    assert {batch['images'].shape for batch in batches} == {
+      (batch_size, 32, 32, 3)
+    }
+    mask = np.concatenate([batch['mask'] for batch in batches])
+    expected = source_pixels(split)
+    assert mask.dtype == bool and mask.sum() == len(expected)
+    seen = itertools.compress(pixels(batches), mask)
+    assert list(seen) == expected
+    assert not batches[-1]['images'][~batches[-1]['mask']].any()
+
+  def test_shares_of_processes_concatenate_to_the_global_batch(self):
+    # 360 = 3 * 104 + 48: the last process has nothing of the last batch.
+    config = dataclasses.replace(CONFIG, batch_size=104)
+    whole = list(data.eval_batches(config))
+    shares = [
+      list(data.eval_batches(config, process_index=i, process_count=2))
+      for i in range(2)
+    ]
+    joined = [
+      {key: np.concatenate([one[key], two[key]]) for key in one}
+      for one, two in zip(*shares, strict=True)
+    ]
+    assert not shares[1][-1]['mask'].any()
+    assert_equal_batches(whole, joined)
+
+  def test_images_are_brought_to_size(self):
+    config = dataclasses.replace(CONFIG, image_size=24, crop_ratio=0.75)
+    batch = next(data.eval_batches(config))
+    image = data.load_source('digits', 'test')[7]['image']
+    # 24 / 0.75 is the image's own size, so this only crops.
+    np.testing.assert_array_equal(batch['images'][7], image[4:28, 4:28])
+
+
+class DataConfigTest(parameterized.TestCase):
+  def test_config_dict_is_taken(self):
+    config = ml_collections.ConfigDict(
+      {'name': 'digits', 'crop': None, 'crop_scale': (0.3, 1.0)}
+    )
+    expected = data.DataConfig('digits', crop=None, crop_scale=(0.3, 1.0))
+    assert data.DataConfig.from_config(config) == expected
+
+  def test_unknown_option_is_refused_and_the_known_are_listed(self):
+    config = ml_collections.ConfigDict({'name': 'digits', 'imagesize': 32})
+    with pytest.raises(ValueError, match=r"\['imagesize'\]; known: name, .*"):
+      data.DataConfig.from_config(config)
+
+  @parameterized.parameters(
+    {'crop': 'random'},
+    {'image_size': 0},
+    {'batch_size': 0},
+    {'crop_padding': -1},
+    {'crop_scale': (0.5, 0.2)},
+    {'crop_ratio': 1.5},
+    {'num_threads': -1},
+  )
+  def test_value_out_of_range_is_refused(self, **options):
+    (option,) = options
+    with pytest.raises(ValueError, match=option):
+      data.DataConfig('digits', **options)
+
+
+def test_crop_and_flip_are_drawn_per_image():
+  config = dataclasses.replace(CONFIG, batch_size=1437, crop_padding=1)
+  plain = dataclasses.replace(PLAIN, batch_size=1437)
+  (augmented,) = take(data.train_batches(config, seed=0), 1)
+  (images,) = take(data.train_batches(plain, seed=0), 1)
+  places = collections.Counter()
+  for i in range(600):
+    result = augmented['images'][i]
+    padded = np.pad(images['images'][i], ((1, 1), (1, 1), (0, 0)))
+    places.update(
+      (top, left, step)
+      for top in range(3)
+      for left in range(3)
+      for step in (1, -1)
+      if (padded[top : top + 32, left : left + 32][:, ::step] == result).all()
+    )
+  assert len(places) == 18 and min(places.values()) > 10

@@ -1,0 +1,233 @@
+"""Tests of the sources by name; TFDS copies are real files, made here."""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from absl.testing import parameterized
+from PIL import Image
+from sklearn import datasets
+
+from ds_jax import data
+
+DIGITS_LABELS = [
+  [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8],
+  [7, 9, 4, 7, 0, 2, 6, 1, 3, 1, 3, 7],
+]
+
+
+def encoded(image: Image.Image, file_format: str) -> bytes:
+  content = io.BytesIO()
+  image.save(content, file_format)
+  return content.getvalue()
+
+
+def write_tfds_copy(data_dir, name, version, splits, encoding, num_classes):
+  """Writes splits of (encoded image, label) as TFDS itself would.
+
+  Returns the copy's folder.
+  """
+  folder = pathlib.Path(data_dir) / name / version
+  folder.mkdir(parents=True)
+  info = tfds.core.DatasetInfo(
+    builder=tfds.core.DatasetIdentity(
+      name=name,
+      version=tfds.core.Version(version),
+      data_dir=str(folder),
+      module_name='',
+    ),
+    features=tfds.features.FeaturesDict(
+      {
+        'image': tfds.features.Image(encoding_format=encoding),
+        'label': tfds.features.ClassLabel(num_classes=num_classes),
+      }
+    ),
+  )
+  # Two examples a file, so that an index has to find its file.
+  writer = tfds.core.SequentialWriter(
+    info, max_examples_per_shard=2, file_format='array_record'
+  )
+  writer.initialize_splits(list(splits))
+  for split, examples in splits.items():
+    for image, label in examples:
+      example = {'image': io.BytesIO(image), 'label': label}
+      writer.add_examples({split: [example]})
+  writer.close_all()
+  return folder
+
+
+def write_cifar10(data_dir, images, version='3.0.2'):
+  """Five train and two test images, with labels 9, 8, ..."""
+  examples = [
+    (encoded(Image.fromarray(image), 'PNG'), 9 - i)
+    for i, image in enumerate(images)
+  ]
+  splits = {'train': examples[:5], 'test': examples[5:]}
+  return write_tfds_copy(data_dir, 'cifar10', version, splits, 'png', 10)
+
+
+class DigitsTest(parameterized.TestCase):
+  def test_sizes_and_info(self):
+    info = data.dataset_info('digits')
+    assert (info.num_train, info.num_test, info.num_classes) == (1437, 360, 10)
+    example = data.load_source('digits', 'train')[0]
+    assert example['image'].shape == (32, 32, 3)
+    assert example['image'].dtype == np.uint8
+
+  def test_split_is_the_one_written_down(self):
+    # Changing it would make every published number wrong.
+    labels = [
+      [data.load_source('digits', split)[i]['label'] for i in range(12)]
+      for split in ('train', 'test')
+    ]
+    assert labels == DIGITS_LABELS
+
+  def test_splits_are_disjoint_and_together_the_whole(self):
+    pixels = [
+      data.load_source('digits', split)[i]['image'].tobytes()
+      for split, size in (('train', 1437), ('test', 360))
+      for i in range(size)
+    ]
+    assert len(set(pixels)) == len(pixels) == 1797
+
+  def test_images_are_the_digits_interpolated_with_their_labels(self):
+    originals = datasets.load_digits()
+    # Bilinear: output pixel centres, in the input's pixels, clamped at the rim.
+    places = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    weights = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(8)[None]))
+    expected = weights @ originals.images @ weights.T * 255 / 16
+    source = data.load_source('digits', 'train')
+    for i in range(30):
+      image, label = source[i]['image'], source[i]['label']
+      distances = np.abs(expected - image[..., 0]).max((1, 2))
+      assert distances.min() < 2
+      assert originals.target[distances.argmin()] == label
+      assert (image == image[..., :1]).all()
+
+  def test_loading_again_gives_the_same_object(self):
+    first = data.load_source('digits', 'test')
+    assert data.load_source('digits', 'test') is first
+    assert repr(first) == 'GreySource(digits, test)'
+
+
+class TfdsTest(parameterized.TestCase):
+  @pytest.fixture(autouse=True)
+  def make_data(self, tmp_path: pathlib.Path):
+    self.data_dir = str(tmp_path)
+    rng = np.random.default_rng(0)
+    self.images = rng.integers(0, 256, (7, 32, 32, 3), np.uint8)
+
+  def test_array_record_copy_is_read_back(self):
+    write_cifar10(self.data_dir, self.images)
+    for split, start, size in (('train', 0, 5), ('test', 5, 2)):
+      source = data.load_source('cifar10', split, self.data_dir)
+      assert len(source) == size
+      for i in range(size):
+        np.testing.assert_array_equal(
+          source[i]['image'], self.images[start + i]
+        )
+        assert source[i]['label'] == 9 - start - i
+    info = data.dataset_info('cifar10', self.data_dir)
+    assert (info.num_train, info.num_test, info.num_classes) == (5, 2, 10)
+    assert info.mean == (0.4914, 0.4822, 0.4465)
+
+  def test_reading_does_not_import_tensorflow(self):
+    write_cifar10(self.data_dir, self.images)
+    program = (
+      'import sys\n'
+      'from ds_jax import data\n'
+      f'source = data.load_source("cifar10", "train", {self.data_dir!r})\n'
+      'print(source[4]["label"], "tensorflow" in sys.modules)'
+    )
+    result = subprocess.run(
+      [sys.executable, '-c', program], capture_output=True, text=True
+    )
+    assert result.stdout == '5 False\n', result.stderr
+
+  def test_newest_version_is_read(self):
+    write_cifar10(self.data_dir, self.images, '3.0.2')
+    write_cifar10(self.data_dir, 255 - self.images, '3.0.10')
+    source = data.load_source('cifar10', 'train', self.data_dir)
+    np.testing.assert_array_equal(source[1]['image'], 255 - self.images[1])
+
+  def test_imagenet_test_split_is_validation_and_images_are_rgb(self):
+    red = Image.new('RGB', (20, 10), (255, 0, 0))
+    examples = [
+      (encoded(red.convert(mode), 'JPEG'), label)
+      for label, mode in enumerate(['RGB', 'L', 'CMYK'])
+    ]
+    splits = {'train': examples[:1], 'validation': examples}
+    write_tfds_copy(
+      self.data_dir, 'imagenet2012', '5.1.0', splits, 'jpeg', 1000
+    )
+    source = data.load_source('imagenet2012', 'test', self.data_dir)
+    assert [source[i]['label'] for i in range(3)] == [0, 1, 2]
+    for i, colour in enumerate([(254, 0, 0), (76, 76, 76), (254, 0, 0)]):
+      assert source[i]['image'].shape == (10, 20, 3)
+      np.testing.assert_allclose(source[i]['image'][5, 10], colour, atol=3)
+
+  @parameterized.parameters(
+    ('cifar10', []),
+    ('imagenet2012', ['ILSVRC2012_img_val.tar', '--manual_dir=']),
+  )
+  def test_missing_copy_error_tells_where_and_how(self, name, parts):
+    with pytest.raises(data.DatasetNotFoundError) as error:
+      data.load_source(name, 'train', self.data_dir)
+    for part in (
+      f'{self.data_dir}/{name}',
+      f'tfds build {name} --file_format=array_record'
+      f' --data_dir={self.data_dir}',
+      'ds_jax[tf]',
+      '--config.dataset.name=digits',
+      'configs/ds_digits.py',
+      *parts,
+    ):
+      assert part in str(error.value)
+    assert isinstance(error.value, FileNotFoundError)
+
+  def test_tfrecord_copy_error_tells_how_to_get_array_record(self):
+    folder = write_cifar10(self.data_dir, self.images)
+    info_path = folder / 'dataset_info.json'
+    info = json.loads(info_path.read_text())
+    info_path.write_text(json.dumps({**info, 'fileFormat': 'tfrecord'}))
+    with pytest.raises(data.DatasetNotFoundError, match='is tfrecord') as error:
+      data.load_source('cifar10', 'train', self.data_dir)
+    assert str(folder) in str(error.value)
+    assert '--file_format=array_record' in str(error.value)
+
+  def test_unfinished_copy_is_not_read(self):
+    folder = write_cifar10(self.data_dir, self.images)
+    folder.rename(folder.with_name('incomplete.AB12_3.0.2'))
+    with pytest.raises(data.DatasetNotFoundError, match='not found'):
+      data.load_source('cifar10', 'train', self.data_dir)
+
+  def test_copy_without_the_split_is_refused(self):
+    examples = [(encoded(Image.new('RGB', (8, 8)), 'JPEG'), 0)]
+    write_tfds_copy(
+      self.data_dir, 'imagenet2012', '5.1.0', {'train': examples}, 'jpeg', 1000
+    )
+    with pytest.raises(
+      data.DatasetNotFoundError, match="no split 'validation'"
+    ):
+      data.load_source('imagenet2012', 'test', self.data_dir)
+
+
+class NamesTest(parameterized.TestCase):
+  @parameterized.parameters('mnist', 'digits:x', 'idx', 'cifar10:x')
+  def test_unknown_name_error_lists_the_known(self, name):
+    with pytest.raises(ValueError, match='known: digits, idx:DIR, cifar10'):
+      data.load_source(name, 'train')
+
+  def test_unknown_split_is_refused(self):
+    with pytest.raises(ValueError, match="'validation'; known: 'train'"):
+      data.load_source('digits', 'validation')
+
+  def test_channel_statistics_need_no_data(self):
+    mean, std = data.channel_statistics('imagenet2012')
+    assert mean == (0.485, 0.456, 0.406) and std == (0.229, 0.224, 0.225)
+    assert data.channel_statistics('idx:/nowhere') == ((0.5,) * 3, (0.5,) * 3)
