@@ -1,0 +1,349 @@
+"""Checkpoints: written in the background, checked when read.
+
+A thin layer over Orbax's CheckpointManager. Every step holds two items:
+
+* `state`, the arrays;
+* `manifest`, a JSON record of the caller's `meta`, the step's metrics, and the
+  data type, shape and CRC-32 of every leaf, with a CRC-32 of itself.
+
+Orbax restores most flipped bits without a word; the manifest is what turns
+them into an error, and so into a fall back to the step before.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+
+class CheckpointError(Exception):
+  """There is no checkpoint to restore, or none that is intact."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint that passed every check.
+
+  Attributes:
+    step: the step it was saved at.
+    tree: a nested dict of NumPy arrays, bit for bit what was saved.
+    meta: what the caller saved beside it.
+  """
+
+  step: int
+  tree: dict[str, Any]
+  meta: dict[str, Any]
+
+
+class Checkpointer:
+  """Saves to a directory, keeping the newest and the best steps."""
+
+  def __init__(
+    self,
+    directory: str,
+    *,
+    keep_last: int = 2,
+    keep_best: int = 1,
+    metric: str = 'top1',
+  ):
+    """Opens the directory, and makes it if it isn't there.
+
+    Args:
+      directory: where the steps lie, one folder each.
+      keep_last: how many of the newest steps to keep, at least 1.
+      keep_best: how many of the steps with the highest metric to keep, too.
+      metric: which of the metrics given to `save` ranks the steps.
+    """
+    import orbax.checkpoint as ocp
+
+    if keep_last < 1:
+      raise ValueError(f'keep_last={keep_last}: resuming needs at least 1.')
+    self._directory = _absolute(directory)
+    self._metric = metric
+    self._retention = _Retention(
+      keep_last, keep_best, _saved_scores(self._directory, metric)
+    )
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(preservation_policy=self._retention),
+    )
+
+  def __enter__(self) -> 'Checkpointer':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+  def save(
+    self,
+    step: int,
+    tree: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Starts writing a step, and returns once the arrays are copied.
+
+    The caller may donate or overwrite the arrays at once. A step that is on
+    disk intact is left as it is; one that is damaged is replaced. An error of
+    the write before this one is raised here.
+
+    Args:
+      step: the step's number.
+      tree: a nested dict, str to jax or NumPy array.
+      meta: anything that JSON can hold.
+      metrics: the step's scores; without them it is never among the best.
+
+    Raises:
+      TypeError: if a leaf is not an array, or meta does not fit into JSON.
+      ValueError: if metrics are given without the one that ranks.
+    """
+    import orbax.checkpoint as ocp
+
+    arrays = _host_arrays(tree)
+    manifest = _manifest(arrays, meta, metrics)
+    score = _score(manifest['metrics'], self._metric)
+    if step in self._manager.all_steps():
+      self.wait()
+      with contextlib.suppress(CheckpointError):
+        _newest_intact(self._directory, [step])
+        return
+      self._manager.delete(step)
+    self._retention.damaged.discard(step)
+    self._retention.scores[step] = score
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(arrays),
+        manifest=ocp.args.JsonSave(manifest),
+      ),
+      # Otherwise a step older than a damaged one would be skipped.
+      force=True,
+    )
+
+  def restore_latest(self) -> Restored | None:
+    """Returns the newest intact step, or None if there are no steps.
+
+    Steps that are passed over are logged; they stay on disk until a later
+    save has been written.
+
+    Raises:
+      CheckpointError: if there are steps, and none is intact.
+    """
+    self.wait()
+    steps = _steps(self._directory)
+    if not steps:
+      return None
+    restored, damaged = _newest_intact(self._directory, steps)
+    self._retention.damaged.update(damaged)
+    return restored
+
+  def wait(self) -> None:
+    """Waits for the write in progress, and raises its error if it failed."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the write in progress and ends the background threads."""
+    self._manager.close()
+
+
+def restore(directory: str, step: int | None = None) -> Restored:
+  """Restores without writing: the directory may be read-only.
+
+  Args:
+    directory: where a `Checkpointer` saved.
+    step: which step; None means the newest intact one.
+
+  Raises:
+    CheckpointError: if there is no such directory or step, or it is damaged.
+  """
+  root = _absolute(directory)
+  steps = _steps(root)
+  if not steps:
+    found = 'no folder named by a step' if root.is_dir() else 'no directory'
+    raise CheckpointError(
+      f'No checkpoints in {root}: there is {found}. Check the path.'
+    )
+  if step is None:
+    return _newest_intact(root, steps)[0]
+  if step not in steps:
+    raise CheckpointError(f'No step {step} in {root}: choose one of {steps}.')
+  return _newest_intact(root, [step])[0]
+
+
+@dataclasses.dataclass
+class _Retention:
+  """Keeps the newest and the best steps; damaged ones count as neither.
+
+  Orbax's own BestN needs its metrics item, and one damaged metrics file stops
+  the manager from opening. Its LatestN counts damaged steps, which would push
+  out the steps that are saved after falling back from them.
+  """
+
+  keep_last: int
+  keep_best: int
+  scores: dict[int, float | None]
+  damaged: set[int] = dataclasses.field(default_factory=set)
+
+  def should_preserve(self, checkpoints, *, context) -> Sequence[bool]:
+    """Implements Orbax's PreservationPolicy."""
+    del context
+    intact = sorted({info.step for info in checkpoints} - self.damaged)
+    scored = [step for step in intact if self.scores.get(step) is not None]
+    best = sorted(scored, key=lambda step: (self.scores[step], step))[::-1]
+    kept = {*intact[-self.keep_last :], *best[: self.keep_best]}
+    return [info.step in kept for info in checkpoints]
+
+
+def _absolute(directory: str) -> epath.Path:
+  path = epath.Path(directory)
+  # Resolving would turn gs://bucket into a local folder.
+  return path if '://' in str(directory) else path.expanduser().resolve()
+
+
+def _steps(root: epath.Path) -> list[int]:
+  """Returns the steps on disk, whole or not, oldest first."""
+  paths = root.iterdir() if root.is_dir() else ()
+  return sorted(int(path.name) for path in paths if path.name.isdecimal())
+
+
+def _newest_intact(
+  root: epath.Path, steps: Sequence[int]
+) -> tuple[Restored, dict[int, str]]:
+  """Returns the newest intact step, and why each newer one is not."""
+  damaged = {}
+  for step in sorted(steps, reverse=True):
+    try:
+      return _read(root, step), damaged
+    # Orbax raises whatever its parts raise, down to a bare Exception.
+    except Exception as error:
+      # TensorStore appends its whole configuration.
+      damaged[step] = f'{type(error).__name__}: {error}'[:200]
+      logging.warning(
+        'Step %d in %s is damaged: %s', step, root / str(step), damaged[step]
+      )
+  reasons = ''.join(f'\n  step {k}: {why}' for k, why in damaged.items())
+  raise CheckpointError(
+    f'No intact checkpoint in {root}:{reasons}\nPut an intact copy in its'
+    ' place, or move the directory away to start anew.'
+  )
+
+
+def _read(root: epath.Path, step: int) -> Restored:
+  """Reads one step; raises, with any exception, unless it is intact."""
+  import orbax.checkpoint as ocp
+
+  manifest = _read_manifest(root, step)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree = reader.restore(root / str(step) / 'state')
+  saved, found = manifest['leaves'], _leaf_records(tree)
+  for name in {**saved, **found}:
+    if saved.get(name) != found.get(name):
+      raise ValueError(f'the leaf {name} differs from its checksum')
+  return Restored(step, tree, manifest['meta'])
+
+
+def _read_manifest(root: epath.Path, step: int) -> dict[str, Any]:
+  import orbax.checkpoint as ocp
+
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    manifest = dict(reader.restore(root / str(step) / 'manifest'))
+  if manifest.pop('crc32', None) != _json_crc32(manifest):
+    raise ValueError('the manifest differs from its checksum')
+  return manifest
+
+
+def _saved_scores(root: epath.Path, metric: str) -> dict[int, float | None]:
+  scores = {}
+  for step in _steps(root):
+    # A damaged manifest is reported when its step is restored.
+    with contextlib.suppress(Exception):
+      scores[step] = _score(_read_manifest(root, step)['metrics'], metric)
+  return scores
+
+
+def _score(metrics: Mapping[str, float] | None, metric: str) -> float | None:
+  if not metrics:
+    return None
+  if metric not in metrics:
+    raise ValueError(
+      f'The metrics {sorted(metrics)} lack {metric!r}, which ranks the'
+      ' checkpoints: add it, pass None, or set Checkpointer(metric=...).'
+    )
+  return None if math.isnan(metrics[metric]) else metrics[metric]
+
+
+def _manifest(
+  arrays: Mapping[str, Any],
+  meta: Mapping[str, Any],
+  metrics: Mapping[str, float] | None,
+) -> dict[str, Any]:
+  body = {
+    'meta': meta,
+    'metrics': metrics and {k: float(v) for k, v in metrics.items()},
+    'leaves': _leaf_records(arrays),
+  }
+  # Tuples become lists before the checksum, as they would on the way back.
+  body = json.loads(json.dumps(body))
+  return {**body, 'crc32': _json_crc32(body)}
+
+
+def _json_crc32(body: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _leaf_records(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns, by path, what each leaf must read back as."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    arrays, is_leaf=lambda node: isinstance(node, dict) and not node
+  )
+  return {
+    json.dumps([entry.key for entry in path]): _leaf_record(leaf)
+    for path, leaf in leaves
+  }
+
+
+def _leaf_record(leaf: np.ndarray | dict) -> dict[str, Any]:
+  if isinstance(leaf, dict):
+    return {}
+  return {
+    'dtype': leaf.dtype.name,
+    'shape': list(leaf.shape),
+    'crc32': zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)),
+  }
+
+
+def _host_arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
+  _check_tree(tree)
+  # On CPU these are views. While they live, JAX gives their buffers to no
+  # donation, and Orbax copies host arrays before its save returns.
+  return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+def _check_tree(tree: Mapping[str, Any]) -> None:
+  """Refuses what Orbax would restore as something else."""
+  stored_names = set()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    keys = [getattr(entry, 'key', None) for entry in path]
+    if not (
+      all(isinstance(key, str) for key in keys)
+      and isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    ):
+      raise TypeError(
+        f'The leaf {jax.tree_util.keystr(path)} is a {type(leaf).__name__}:'
+        ' expected nested dicts with str keys and jax or NumPy arrays; put the'
+        ' rest into meta.'
+      )
+    if '.'.join(keys) in stored_names:
+      raise ValueError(
+        f'Two leaves would be stored as {".".join(keys)}: rename the key that'
+        ' has a dot in it.'
+      )
+    stored_names.add('.'.join(keys))
