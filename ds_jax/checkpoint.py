@@ -154,6 +154,11 @@ class Checkpointer:
     self._manager.close()
 
 
+def directory_of(workdir: str) -> str:
+  """Returns where a workdir's checkpoints are."""
+  return str(epath.Path(workdir) / 'checkpoints')
+
+
 def restore(directory: str, step: int | None = None) -> Restored:
   """Restores without writing: the directory may be read-only.
 

@@ -7,9 +7,7 @@ PyTorch (`pip install "ds_jax[torch]"`), and by nothing but its
 `weights_only=True` reader.
 """
 
-import argparse
 import dataclasses
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -7,11 +7,12 @@ with the moving average's weights, which no statistics have seen in training.
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from ds_jax import models
-from ds_jax.train import mesh
+from ds_jax.train import mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,19 @@ class CalibrateConfig:
   num_batches: int = 50
 
 
+@flax.struct.dataclass
+class CalibrateState:
+  """What a step changes.
+
+  Attributes:
+    network: its statistics are the mean over the batches so far.
+  """
+
+  network: models.Variables
+
+
 class Calibrate:
-  """Calibration as `init`, `step` and `finish`."""
+  """Calibration as `init` and `step`; its result is `state.network`."""
 
   name = 'calibrate'
 
@@ -36,25 +48,20 @@ class Calibrate:
     self.mesh = mesh
     self._architecture = models.Architecture(model)
     self._normalize = normalize
-    self._calibrate = self._compile()
+    self._calibrate = jax.jit(
+      self._calibrate_, out_shardings=mesh_lib.replicated(mesh)
+    )
 
-  def _compile(self):
-    return jax.jit(self._calibrate_, out_shardings=mesh.replicated(self.mesh))
-
-  def init(self, variables: models.Variables) -> models.Variables:
+  def init(self, variables: models.Variables) -> CalibrateState:
     """Returns the state before the first step."""
-    return mesh.replicate(self.mesh, variables)
+    return CalibrateState(mesh_lib.replicate(self.mesh, variables))
 
-  def step(self, state: models.Variables, batch, step: int):
+  def step(self, state: CalibrateState, batch, step: int):
     """Takes one batch into the running mean; see `Supernet.step`."""
-    images = mesh.shard_batch(self.mesh, batch['images'])
+    images = mesh_lib.shard_batch(self.mesh, batch['images'])
     momentum = jnp.float32(1 / (step + 1))
-    batch_stats = self._calibrate(state, images, momentum)
-    return state.replace(batch_stats=batch_stats), {}
-
-  def finish(self, state: models.Variables) -> models.Variables:
-    """Returns the calibrated network."""
-    return state
+    batch_stats = self._calibrate(state.network, images, momentum)
+    return CalibrateState(state.network.replace(batch_stats=batch_stats)), {}
 
   def _calibrate_(self, variables, images, momentum):
     images = self._normalize(images)

@@ -66,22 +66,21 @@ class GateState:
   """What a step changes, and the frozen network beside it.
 
   Attributes:
-    frozen: the network; its own slimming head is not used.
+    network: the stage's result so far: the frozen network, with the moving
+      average of `head` as its slimming head.
     head: the slimming head in training.
-    ema: its moving average, the result of the stage.
     opt_state: Optax's.
     price: of MAdds, in units of the loss per widest bucket's MAdds.
   """
 
-  frozen: models.Variables
+  network: models.Variables
   head: models.Arrays
-  ema: models.Arrays
   opt_state: optax.OptState
   price: jax.Array
 
 
 class Gate:
-  """Stage II as `init`, `step` and `finish`."""
+  """Stage II as `init` and `step`; its result is `state.network`."""
 
   name = 'gate'
 
@@ -137,26 +136,21 @@ class Gate:
 
   def init(self, variables: models.Variables) -> GateState:
     """Returns the state before the first step."""
-    frozen = mesh.replicate(self.mesh, variables)
-    head = {p: x for p, x in variables.params.items() if is_head(p)}
-    head, ema = (mesh.replicate(self.mesh, head) for _ in range(2))
+    network = mesh.replicate(self.mesh, variables)
+    head = mesh.replicate(self.mesh, head_of(variables))
     opt_state = jax.jit(
       self._optimizer.init, out_shardings=mesh.replicated(self.mesh)
     )(head)
     price = mesh.replicate(self.mesh, jnp.float32(0))
-    return GateState(frozen, head, ema, opt_state, price)
+    return GateState(network, head, opt_state, price)
 
   def step(self, state: GateState, batch, step: int):
     """Runs one update; see `Supernet.step`."""
     batch = mesh.shard_batch(self.mesh, batch)
     return self._step(state, batch['images'], batch['labels'], jnp.int32(step))
 
-  def finish(self, state: GateState) -> models.Variables:
-    """Returns the network with the averaged head."""
-    return _with_head(state.frozen, state.ema)
-
   def _step_(self, state, images, labels, step):
-    features, logits = self._forward(state.frozen, images)
+    features, logits = self._forward(state.network, images)
     key = jax.random.fold_in(jax.random.key(self.seed), step)
     gradient, metrics = jax.grad(self._loss, has_aux=True)(
       state.head, state, features, logits, labels, key
@@ -166,25 +160,26 @@ class Gate:
     )
     head = optax.apply_updates(state.head, updates)
     decay = jnp.minimum(self.config.ema_decay, (1 + step) / (10 + step))
+    average = optax.incremental_update(head, head_of(state.network), 1 - decay)
     state = state.replace(
+      network=_with_head(state.network, average),
       head=head,
-      ema=optax.incremental_update(head, state.ema, 1 - decay),
       opt_state=opt_state,
       price=self._next_price(state.price, metrics['madds']),
     )
     metrics['gradient_norm'] = optax.global_norm(gradient)
     return state, {**metrics, 'price': state.price}
 
-  def _forward(self, frozen, images):
+  def _forward(self, network, images):
     """Returns the trunk's features and all buckets' logits (K, N, C)."""
-    model = self._architecture.bind(frozen)
+    model = self._architecture.bind(network)
     features = model.trunk(self._normalize(images))
     logits = [model.branch(features, s) for s in model.routing_space]
     return features, jnp.stack(logits)
 
   def _loss(self, head, state, features, logits, labels, key):
     config = self.config
-    model = self._architecture.bind(_with_head(state.frozen, head))
+    model = self._architecture.bind(_with_head(state.network, head))
     gate_logits = model.gate_logits(features)
     one_hot = losses.straight_through_gumbel(
       key, gate_logits, config.temperature
@@ -220,9 +215,9 @@ class Gate:
     return price + self.config.price_rate * excess
 
 
-def is_head(path: str) -> bool:
-  """Whether a parameter is the slimming head's."""
-  return 'slim' in path.split('/')
+def head_of(variables: models.Variables) -> models.Arrays:
+  """Returns the slimming head's parameters."""
+  return {p: x for p, x in variables.params.items() if '/slim/' in p}
 
 
 def _with_head(variables, head):

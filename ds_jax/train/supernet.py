@@ -53,17 +53,17 @@ class SupernetState:
 
   Attributes:
     variables: the network in training.
-    ema: its moving average: the teacher, and the result of the stage.
+    network: its moving average: the teacher, and the stage's result so far.
     opt_state: Optax's.
   """
 
   variables: models.Variables
-  ema: models.Variables
+  network: models.Variables
   opt_state: optax.OptState
 
 
 class Supernet:
-  """Stage I as `init`, `step` and `finish`."""
+  """Stage I as `init` and `step`; its result is `state.network`."""
 
   name = 'supernet'
 
@@ -131,8 +131,8 @@ class Supernet:
     opt_state = jax.jit(
       self._optimizer.init, out_shardings=mesh.replicated(self.mesh)
     )(variables.params)
-    ema = mesh.replicate(self.mesh, variables)
-    return SupernetState(variables, ema, opt_state)
+    network = mesh.replicate(self.mesh, variables)
+    return SupernetState(variables, network, opt_state)
 
   def step(self, state: SupernetState, batch, step: int):
     """Runs one update.
@@ -158,7 +158,7 @@ class Supernet:
         jax.random.key(self.seed), step * micro_batches + i
       )
       gradient, batch_stats, metrics = self.gradient(
-        variables, state.ema, part, subnets, key, gradient
+        variables, state.network, part, subnets, key, gradient
       )
       all_metrics.append(metrics)
     state, norm = self._update(
@@ -168,10 +168,6 @@ class Supernet:
     )
     metrics = jax.tree.map(lambda *m: sum(m) / micro_batches, *all_metrics)
     return state, {**metrics, 'gradient_norm': norm}
-
-  def finish(self, state: SupernetState) -> models.Variables:
-    """Returns the stage's result, the moving average."""
-    return state.ema
 
   def draw(self, step: int) -> list[models.Subnet]:
     """Returns the step's random sub-networks, the same on every process."""
@@ -264,5 +260,7 @@ class Supernet:
       params=optax.apply_updates(params, updates)
     )
     decay = jnp.minimum(self.config.ema_decay, (1 + step) / (10 + step))
-    ema = optax.incremental_update(variables, state.ema, 1 - decay)
-    return SupernetState(variables, ema, opt_state), optax.global_norm(gradient)
+    network = optax.incremental_update(variables, state.network, 1 - decay)
+    return SupernetState(variables, network, opt_state), optax.global_norm(
+      gradient
+    )

@@ -1,0 +1,51 @@
+"""DS-MobileNet on scikit-learn's digits, both stages.
+
+python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
+
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the experiment: every number that a reader may want to change."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(name='ds_mobilenet_tiny', num_classes=10)
+  config.dataset = dict(
+    name='digits',
+    image_size=32,
+    batch_size=64,
+    crop='pad',
+    crop_padding=2,
+    flip=False,
+    num_threads=1,
+  )
+  config.supernet = dict(
+    num_epochs=20,
+    num_random=1,  # random sub-networks a step, beside widest and narrowest
+    ensemble=False,
+    optimizer=dict(
+      name='sgd',
+      learning_rate=0.1,
+      momentum=0.9,
+      nesterov=True,
+      weight_decay=1e-4,
+      warmup_epochs=1.0,
+    ),
+    ema_decay=0.98,
+    label_smoothing=0.1,
+    accumulation_steps=1,
+  )
+  config.calibrate = dict(num_batches=20)
+  config.gate = dict(
+    num_epochs=10,
+    optimizer=dict(name='adamw', learning_rate=0.01),
+    target_madds=2e6,
+    price_rate=0.02,
+    hard_images='try_best',
+  )
+  config.checkpoint = dict(every_steps=200, keep_last=2, keep_best=1)
+  config.log_every_steps = 50
+  config.eval_every_epochs = 10.0
+  return config

@@ -1,0 +1,209 @@
+"""An experiment's config, checked, and the parts it is run with.
+
+`configs/*.py` return a `ConfigDict` of plain numbers. Here it becomes frozen
+dataclasses, with one clear error for a field that no part knows.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import ml_collections
+
+from ds_jax import data, models
+from ds_jax.train import calibrate as calibrate_lib
+from ds_jax.train import gate as gate_lib
+from ds_jax.train import optimizer as optimizer_lib
+from ds_jax.train import supernet as supernet_lib
+
+_Config = TypeVar('_Config')
+
+STAGES = ('supernet', 'calibrate', 'gate')
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep.
+
+  Attributes:
+    every_steps: between saves; the end of a stage is always saved.
+    keep_last: how many of the newest.
+    keep_best: how many of those with the best `top1`, beside the newest.
+  """
+
+  every_steps: int = 1000
+  keep_last: int = 2
+  keep_best: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything a run depends on, beside the code.
+
+  Attributes:
+    seed: of weights, order, augmentation, draws and noise.
+    model: the arguments of `create_model`.
+    dataset: see `DataConfig`.
+    supernet: see `SupernetConfig`.
+    calibrate: see `CalibrateConfig`.
+    gate: see `GateConfig`.
+    checkpoint: see `CheckpointConfig`.
+    log_every_steps: between rows of metrics.
+    eval_every_epochs: between evaluations of narrowest and widest in Stage I,
+      each with a save; 0 evaluates at the end only.
+  """
+
+  model: dict[str, Any]
+  dataset: data.DataConfig
+  supernet: supernet_lib.SupernetConfig
+  gate: gate_lib.GateConfig
+  calibrate: calibrate_lib.CalibrateConfig = calibrate_lib.CalibrateConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  seed: int = 0
+  log_every_steps: int = 50
+  eval_every_epochs: float = 1
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any]) -> 'Experiment':
+    """Reads a `ConfigDict`.
+
+    Raises:
+      ValueError: for an unknown, missing or impossible field, by its name.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+      config = config.to_dict()
+    sections = {
+      'dataset': data.DataConfig,
+      'supernet': supernet_lib.SupernetConfig,
+      'calibrate': calibrate_lib.CalibrateConfig,
+      'gate': gate_lib.GateConfig,
+      'checkpoint': CheckpointConfig,
+    }
+    values = dict(config)
+    for name, section in sections.items():
+      if name not in values:
+        continue
+      fields = dict(values[name])
+      if 'optimizer' in fields:
+        fields['optimizer'] = _read(
+          optimizer_lib.OptimizerConfig,
+          fields['optimizer'],
+          f'config.{name}.optimizer',
+        )
+      values[name] = _read(section, fields, f'config.{name}')
+    return _read(cls, values, 'config')
+
+  @functools.cached_property
+  def dataset_info(self) -> data.DatasetInfo:
+    """What is on disk.
+
+    Raises:
+      ValueError: if the model has another number of classes.
+    """
+    info = data.dataset_info(self.dataset.name, self.dataset.data_dir)
+    num_classes = self.model.get('num_classes', 1000)
+    if num_classes != info.num_classes:
+      raise ValueError(
+        f'config.model.num_classes={num_classes}, but {info.name} has'
+        f' {info.num_classes} classes; set it to that.'
+      )
+    return info
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Whole batches in the training split, at least one."""
+    return max(1, self.dataset_info.num_train // self.dataset.batch_size)
+
+  @property
+  def eval_every_steps(self) -> int:
+    """Steps between evaluations in Stage I."""
+    if not self.eval_every_epochs:
+      return sys.maxsize
+    return max(1, round(self.eval_every_epochs * self.steps_per_epoch))
+
+  @property
+  def micro_batch_size(self) -> int:
+    """The smallest batch that a step puts on the devices.
+
+    Raises:
+      ValueError: if the batch does not split into equal micro-batches.
+    """
+    parts = self.supernet.accumulation_steps
+    if self.dataset.batch_size % parts:
+      raise ValueError(
+        f'config.dataset.batch_size={self.dataset.batch_size} does not split'
+        f' into config.supernet.accumulation_steps={parts} equal parts.'
+      )
+    return self.dataset.batch_size // parts
+
+  @property
+  def prediction_meta(self) -> dict[str, Any]:
+    """What a `Predictor` needs to know beside the arrays."""
+    mean, std = data.channel_statistics(self.dataset.name)
+    return {
+      'model': self.model,
+      'image_size': self.dataset.image_size,
+      'crop_ratio': self.dataset.crop_ratio,
+      'mean': mean,
+      'std': std,
+    }
+
+  def create_model(self):
+    """Makes the supernet, with its initial weights."""
+    return models.create_model(**{'seed': self.seed, **self.model})
+
+  def normalize(self, images: jax.Array) -> jax.Array:
+    """Takes uint8 images to the model's floats."""
+    mean, std = data.channel_statistics(self.dataset.name)
+    return data.normalize(images, mean, std)
+
+  def make_stages(self, model, mesh: jax.sharding.Mesh):
+    """Returns the three stages, in order, by `STAGES`' names."""
+    common = {'model': model, 'normalize': self.normalize, 'mesh': mesh}
+
+    def schedule(num_epochs):
+      return {
+        'num_steps': max(1, round(num_epochs * self.steps_per_epoch)),
+        'steps_per_epoch': self.steps_per_epoch,
+        'seed': self.seed,
+      }
+
+    return (
+      supernet_lib.Supernet(
+        self.supernet, **common, **schedule(self.supernet.num_epochs)
+      ),
+      calibrate_lib.Calibrate(self.calibrate, **common),
+      gate_lib.Gate(
+        self.gate,
+        **common,
+        **schedule(self.gate.num_epochs),
+        image_size=self.dataset.image_size,
+      ),
+    )
+
+
+def _read(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+  """Makes a dataclass of a section, with errors that name its fields."""
+  fields = dataclasses.fields(cls)
+  unknown = sorted(set(values) - {f.name for f in fields})
+  if unknown:
+    raise ValueError(
+      f'Unknown field {where}.{unknown[0]}; {where} has'
+      f' {", ".join(f.name for f in fields)}.'
+    )
+  missing = [
+    f.name
+    for f in fields
+    if f.name not in values
+    and f.default is dataclasses.MISSING
+    and f.default_factory is dataclasses.MISSING
+  ]
+  if missing:
+    raise ValueError(f'Missing field {where}.{missing[0]}.')
+  try:
+    return cls(**values)
+  except ValueError as error:
+    raise ValueError(f'In {where}: {error}') from error

@@ -1,0 +1,355 @@
+"""The two-stage run: train, save, resume, evaluate."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+from absl import logging
+from clu import parameter_overview
+from flax import serialization
+
+from ds_jax import checkpoint, data, evaluate, models
+from ds_jax.train import experiment as experiments
+from ds_jax.train import mesh as mesh_lib
+from ds_jax.train import metrics as metrics_lib
+
+
+class NonFiniteError(Exception):
+  """A loss or a gradient is no longer a number."""
+
+
+class Preempted(Exception):
+  """The process was asked to end, and its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """How far the schedule has come.
+
+  Attributes:
+    stage: index into the stages.
+    step: how many steps of it are done.
+  """
+
+  stage: int = 0
+  step: int = 0
+
+
+def train(config, workdir: str) -> evaluate.Results:
+  """Runs the whole schedule, from wherever the workdir's last save is.
+
+  Args:
+    config: an experiment's `ConfigDict`.
+    workdir: gets `checkpoints/`, `metrics.jsonl` and `results.json`.
+
+  Returns:
+    What `results.json` holds.
+
+  Raises:
+    ValueError: for a config that is wrong, or not the saved run's.
+    NonFiniteError: if training diverges; the last save is finite.
+    Preempted: after SIGTERM, once the state is saved.
+  """
+  with Run(config, workdir) as run:
+    logging.info('\n%s', run.overview())
+    position, state = run.restore() or run.start()
+    while True:
+      state = run.train_stage(position, state)
+      if position.stage + 1 == len(run.stages):
+        return run.evaluate(state.network)
+      position = Position(position.stage + 1)
+      state = run.stages[position.stage].init(state.network)
+
+
+def evaluate_only(config, workdir: str) -> evaluate.Results:
+  """Evaluates the workdir's newest checkpoint, at whatever stage it is.
+
+  Args:
+    config: an experiment's `ConfigDict`, the saved run's.
+    workdir: gets `results.json`.
+
+  Returns:
+    What `results.json` holds.
+
+  Raises:
+    CheckpointError: if there is no intact checkpoint.
+    ValueError: for a config that is wrong, or not the saved run's.
+  """
+  # A missing checkpoint is an error here, before anything is built or made.
+  checkpoint.restore(checkpoint.directory_of(workdir))
+  with Run(config, workdir) as run:
+    _, state = run.restore()
+    return run.evaluate(state.network)
+
+
+class Run:
+  """An experiment in a workdir: the parts that `train` is made of."""
+
+  def __init__(self, config, workdir: str):
+    """Builds the model and the stages, and opens the workdir."""
+    self._experiment = experiments.Experiment.from_config(config)
+    self._config = json.loads(config.to_json_best_effort())
+    self._workdir = pathlib.Path(workdir).expanduser()
+    self._mesh = mesh_lib.make_mesh()
+    mesh_lib.check_batch_size(self._mesh, self._experiment.micro_batch_size)
+    self._model = self._experiment.create_model()
+    self.stages = self._experiment.make_stages(self._model, self._mesh)
+    self._evaluator = evaluate.Evaluator(
+      self._model, self._experiment.normalize, self._mesh
+    )
+    self._checkpointer = checkpoint.Checkpointer(
+      checkpoint.directory_of(workdir),
+      keep_last=self._experiment.checkpoint.keep_last,
+      keep_best=self._experiment.checkpoint.keep_best,
+    )
+    self._writer = metrics_lib.MetricWriter(
+      self._workdir, enabled=jax.process_index() == 0
+    )
+    self._termination = _TerminationSignal()
+
+  def __enter__(self) -> 'Run':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._checkpointer.close()
+    self._writer.close()
+    self._termination.close()
+
+  def overview(self) -> str:
+    """Returns the model's parameters as a table."""
+    return parameter_overview.get_parameter_overview(
+      models.variables_of(self._model).params
+    )
+
+  def start(self) -> tuple[Position, Any]:
+    """Returns the state before the first step of the first stage."""
+    return Position(), self.stages[0].init(models.variables_of(self._model))
+
+  def restore(self) -> tuple[Position, Any] | None:
+    """Returns where the last intact save left off; None if there is none."""
+    restored = self._checkpointer.restore_latest()
+    if restored is None:
+      return None
+    position = Position(**restored.meta['position'])
+    _check_same_config(restored.meta['config'], self._config, position)
+    # `init` makes the structure; every array in it is replaced.
+    template = self.stages[position.stage].init(
+      models.variables_of(self._model)
+    )
+    state = serialization.from_state_dict(template, restored.tree)
+    logging.info(
+      'Resuming %s at step %d of %d, from %s.',
+      experiments.STAGES[position.stage],
+      position.step,
+      self.stages[position.stage].num_steps,
+      checkpoint.directory_of(self._workdir),
+    )
+    return position, mesh_lib.replicate(self._mesh, state)
+
+  def train_stage(self, position: Position, state: Any) -> Any:
+    """Runs the rest of a stage, and saves at its end at the latest.
+
+    Args:
+      position: where to begin.
+      state: the stage's state there; donated.
+
+    Returns:
+      The state at the stage's end.
+    """
+    stage = self.stages[position.stage]
+    if position.step >= stage.num_steps:
+      return state
+    progress = _Progress(stage.num_steps, self._experiment.dataset.batch_size)
+    batches = data.train_batches(
+      self._experiment.dataset,
+      seed=self._experiment.seed * len(self.stages) + position.stage,
+      start_step=position.step,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    for step in range(position.step, stage.num_steps):
+      state, scalars = stage.step(state, next(batches), step)
+      progress.add(scalars)
+      done = Position(position.stage, step + 1)
+      self._after_step(done, state, progress)
+    batches.close()
+    return state
+
+  def evaluate(self, variables: models.Variables) -> evaluate.Results:
+    """Sweeps the test images; writes and prints the results."""
+    image_size = self._experiment.dataset.image_size
+    costs = [
+      self._model.cost(s, image_size) for s in models.sub_networks(self._model)
+    ]
+    results = evaluate.results(
+      self._evaluator.sweep(variables, self._eval_batches()),
+      costs,
+      len(self._model.routing_space),
+    )
+    if jax.process_index() == 0:
+      path = self._workdir / 'results.json'
+      path.write_text(json.dumps(results, indent=2) + '\n')
+      logging.info('Results, also in %s:\n%s', path, evaluate.table(results))
+    return results
+
+  def _after_step(self, done: Position, state, progress: '_Progress') -> None:
+    """Logs, evaluates, saves and stops, each when it is due."""
+    experiment = self._experiment
+    ends = done.step == self.stages[done.stage].num_steps
+    evaluates = experiments.STAGES[done.stage] == 'supernet' and (
+      ends or done.step % experiment.eval_every_steps == 0
+    )
+    saves = (
+      ends
+      or evaluates
+      or done.step % experiment.checkpoint.every_steps == 0
+      or self._termination.received
+    )
+    if saves or done.step % experiment.log_every_steps == 0:
+      self._log(done, progress)
+    if saves:
+      self._save(done, state, self._ends(done, state) if evaluates else None)
+      progress.restart()
+    if self._termination.received:
+      self._checkpointer.wait()
+      raise Preempted(
+        f'SIGTERM: saved {experiments.STAGES[done.stage]} at step {done.step};'
+        ' the same command resumes there.'
+      )
+
+  def _log(self, done: Position, progress: '_Progress') -> None:
+    """Writes the scalars since the last row; they must all be finite."""
+    scalars = progress.summary(done.step)
+    stage = experiments.STAGES[done.stage]
+    bad = [k for k, v in scalars.items() if not math.isfinite(v)]
+    if bad:
+      raise NonFiniteError(
+        f'{stage} diverged by step {done.step}: {", ".join(bad)} not finite.'
+        ' The last checkpoint is from before; lower'
+        f' {stage}.optimizer.learning_rate or set'
+        f' {stage}.optimizer.clip_norm, in a new workdir.'
+      )
+    self._writer.write(self._global_step(done), stage, scalars)
+
+  def _ends(self, done: Position, state) -> dict[str, float]:
+    """Evaluates the narrowest and the widest network."""
+    scores = self._evaluator.ends(state.network, self._eval_batches())
+    stage = experiments.STAGES[done.stage]
+    self._writer.write(self._global_step(done), stage, scores)
+    return scores
+
+  def _save(self, done: Position, state, scores) -> None:
+    self._checkpointer.save(
+      self._global_step(done),
+      serialization.to_state_dict(state),
+      {
+        'position': dataclasses.asdict(done),
+        'stage': experiments.STAGES[done.stage],
+        'config': self._config,
+        **self._experiment.prediction_meta,
+      },
+      scores,
+    )
+
+  def _eval_batches(self):
+    return data.eval_batches(
+      self._experiment.dataset,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  def _global_step(self, position: Position) -> int:
+    before = self.stages[: position.stage]
+    return sum(stage.num_steps for stage in before) + position.step
+
+
+class _Progress:
+  """Scalars since the last row, and the pace."""
+
+  # Enough for the device never to wait for the host, and few enough for
+  # simulated devices not to run out of threads.
+  _MAX_STEPS_IN_FLIGHT = 2
+
+  def __init__(self, num_steps: int, batch_size: int):
+    self._num_steps = num_steps
+    self._batch_size = batch_size
+    self.restart()
+
+  def restart(self) -> None:
+    """Leaves out of the pace what was done since the last row."""
+    self._rows = []
+    self._since = time.monotonic()
+
+  def add(self, scalars) -> None:
+    """Takes a step's scalars, which may still be on their way."""
+    self._rows.append(scalars)
+    if len(self._rows) > self._MAX_STEPS_IN_FLIGHT:
+      jax.block_until_ready(self._rows[-1 - self._MAX_STEPS_IN_FLIGHT])
+
+  def summary(self, step: int) -> dict[str, float]:
+    """Returns the mean of each scalar over the steps that have it."""
+    rows = jax.device_get(self._rows)
+    pace = len(rows) / max(time.monotonic() - self._since, 1e-9)
+    names = sorted({name for row in rows for name in row})
+    means = {}
+    for name in names:
+      values = [float(row[name]) for row in rows if name in row]
+      means[name] = sum(values) / len(values)
+    self.restart()
+    return {
+      **means,
+      'images_per_second': pace * self._batch_size,
+      'eta_seconds': (self._num_steps - step) / pace,
+    }
+
+
+class _TerminationSignal:
+  """Notes a SIGTERM, for the loop to act on between steps."""
+
+  def __init__(self):
+    self.received = False
+    self._previous = signal.signal(signal.SIGTERM, self._receive)
+
+  def close(self) -> None:
+    """Restores the handler that was there before."""
+    signal.signal(signal.SIGTERM, self._previous)
+
+  def _receive(self, signum, frame) -> None:
+    del signum, frame
+    self.received = True
+
+
+def _check_same_config(saved, given, position: Position) -> None:
+  """Raises ValueError where a field that the saved arrays depend on differs.
+
+  Sections of stages that have not begun may still be changed.
+  """
+  stages_begun = experiments.STAGES[: position.stage + 1]
+  sections = ('seed', 'model', 'dataset', *stages_begun)
+  saved, given = _flatten(saved), _flatten(given)
+  differences = [
+    f'{name} was {saved.get(name)!r} and is {given.get(name)!r}'
+    for name in sorted(saved.keys() | given.keys())
+    if name.split('.')[0] in sections and saved.get(name) != given.get(name)
+  ]
+  if differences:
+    raise ValueError(
+      'The workdir holds a run of another config: '
+      + '; '.join(differences)
+      + '. Restore these values to resume it, or choose a new workdir.'
+    )
+
+
+def _flatten(config, prefix='') -> dict[str, Any]:
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, dict):
+      flat.update(_flatten(value, f'{prefix}{name}.'))
+    else:
+      flat[prefix + name] = value
+  return flat
