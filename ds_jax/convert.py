@@ -7,16 +7,18 @@ PyTorch (`pip install "ds_jax[torch]"`), and by nothing but its
 `weights_only=True` reader.
 """
 
+import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, serialization
 
-from ds_jax import models
+from ds_jax import checkpoint, data, models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,3 +188,73 @@ def _to_numpy(array) -> np.ndarray:
 
 def _only(arrays):
   return arrays[0]
+
+
+def read_torch(path: str) -> dict[str, Any]:
+  """Reads the state of a PyTorch checkpoint, arrays only.
+
+  Args:
+    path: a file of `torch.save`: the state itself, or a dict that holds it as
+      `state_dict_ema` (preferred), `state_dict` or `model`.
+
+  Raises:
+    ImportError: if PyTorch is not installed.
+    FileNotFoundError: if there is no such file.
+  """
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f'Reading {path} needs PyTorch: pip install "ds_jax[torch]".'
+    ) from error
+  content = torch.load(path, map_location='cpu', weights_only=True)
+  for name in ('state_dict_ema', 'state_dict', 'model'):
+    if isinstance(content.get(name), Mapping):
+      return dict(content[name])
+  return dict(content)
+
+
+def save_converted(model, model_arguments: Mapping[str, Any], output: str):
+  """Writes a checkpoint that `Predictor.restore(output)` loads.
+
+  Args:
+    model: the converted network.
+    model_arguments: what `create_model` made it of.
+    output: the workdir to write.
+  """
+  mean, std = data.channel_statistics('imagenet2012')
+  meta = {
+    'stage': 'converted',
+    'model': dict(model_arguments),
+    'image_size': 224,
+    'crop_ratio': 0.875,
+    'mean': mean,
+    'std': std,
+  }
+  network = serialization.to_state_dict(models.variables_of(model))
+  with checkpoint.Checkpointer(checkpoint.directory_of(output)) as saver:
+    saver.save(0, {'network': network}, meta)
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Converts a file."""
+  parser = argparse.ArgumentParser(
+    prog='python -m ds_jax.convert', description=__doc__.splitlines()[0]
+  )
+  parser.add_argument('--input', required=True, help='a .pth or .pth.tar file')
+  parser.add_argument('--output', required=True, help='the workdir to write')
+  arguments = parser.parse_args(argv)
+  model_arguments = {'name': 'ds_mobilenet', 'num_classes': 1000}
+  try:
+    model = from_official(
+      read_torch(arguments.input),
+      models.create_abstract_model(**model_arguments),
+    )
+  except (ImportError, OSError, ValueError) as error:
+    sys.exit(f'{type(error).__name__}: {error}')
+  save_converted(model, model_arguments, arguments.output)
+  print(f'Wrote {arguments.output}; load it with ds_jax.Predictor.restore.')
+
+
+if __name__ == '__main__':
+  main()

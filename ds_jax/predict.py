@@ -90,7 +90,7 @@ class Predictor:
     """
     restored = checkpoint.restore(checkpoint.directory_of(workdir))
     meta = restored.meta
-    model = models.create_model(**meta['model'])
+    model = models.create_abstract_model(**meta['model'])
     return cls(
       models.Architecture(model).bind(_variables(restored.tree['network'])),
       image_size=meta['image_size'],

@@ -5,6 +5,9 @@ Every family offers the same few names: `model(images, subnet)`, its parts
 `routing_space`, `narrowest` and `widest`.
 """
 
+import inspect
+
+import jax
 from flax import nnx
 
 from ds_jax.models.functional import (
@@ -25,7 +28,9 @@ __all__ = [
   'StageSpec',
   'Subnet',
   'Variables',
+  'create_abstract_model',
   'create_model',
+  'image_size',
   'list_models',
   'sub_networks',
   'variables_of',
@@ -63,6 +68,8 @@ _FAMILIES = {
   ),
 }
 
+_IMAGE_SIZES = {'ds_mobilenet': 224, 'ds_mobilenet_tiny': 32}
+
 
 def list_models() -> list[str]:
   """Returns the names that `create_model` knows."""
@@ -87,16 +94,21 @@ def create_model(
   Raises:
     ValueError: for an unknown name or option.
   """
-  if name not in _FAMILIES:
-    raise ValueError(
-      f'Unknown model {name!r}; expected one of {", ".join(list_models())}.'
-    )
-  family, defaults = _FAMILIES[name]
-  arguments = {**defaults, **options}
-  try:
-    return family(num_classes=num_classes, rngs=nnx.Rngs(seed), **arguments)
-  except TypeError as error:
-    raise ValueError(f'Bad option for model {name!r}: {error}') from error
+  build = _builder(name, num_classes, seed, options)
+  graph, _ = nnx.split(nnx.eval_shape(build))
+  # Jitted, since one small program for each weight takes far longer.
+  return nnx.merge(graph, jax.jit(lambda: nnx.state(build()))())
+
+
+def create_abstract_model(
+  name: str, num_classes: int = 1000, *, seed: int = 0, **options
+):
+  """Makes a supernet without weights: `jax.ShapeDtypeStruct`s in their place.
+
+  Enough for `cost`, and for `Architecture`, which brings arrays to it. See
+  `create_model` for the rest.
+  """
+  return nnx.eval_shape(_builder(name, num_classes, seed, options))
 
 
 def sub_networks(model) -> tuple[Subnet, ...]:
@@ -104,3 +116,27 @@ def sub_networks(model) -> tuple[Subnet, ...]:
   if model.widest in model.routing_space:
     return model.routing_space
   return (*model.routing_space, model.widest)
+
+
+def image_size(name: str) -> int:
+  """Returns the side, in pixels, of the images a model is made for."""
+  return _IMAGE_SIZES[name]
+
+
+def _builder(name, num_classes, seed, options):
+  """Returns a function that makes the model, once its options are known."""
+  if name not in _FAMILIES:
+    raise ValueError(
+      f'Unknown model {name!r}; expected one of {", ".join(list_models())}.'
+    )
+  family, defaults = _FAMILIES[name]
+  known = inspect.signature(family).parameters.keys() - {'rngs'}
+  unknown = sorted(options.keys() - known)
+  if unknown:
+    raise ValueError(
+      f'Unknown option {unknown[0]!r} of model {name!r}; expected'
+      f' {", ".join(sorted(known))}.'
+    )
+  return lambda: family(
+    num_classes=num_classes, rngs=nnx.Rngs(seed), **{**defaults, **options}
+  )
