@@ -6,6 +6,7 @@ Run again, the same command resumes where it was. A field of the config is
 changed with `--config.gate.num_epochs=5`.
 """
 
+import logging as python_logging
 import sys
 
 from absl import app, flags, logging
@@ -36,6 +37,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments {argv[1:]}.')
   logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(_is_our_own)
   modes = {'train': loop.train, 'evaluate': loop.evaluate_only}
   try:
     modes[_MODE.value](_CONFIG.value, _WORKDIR.value)
@@ -44,6 +46,11 @@ def main(argv):
   except _PLAIN_ERRORS as error:
     logging.debug('', exc_info=True)
     sys.exit(f'{type(error).__name__}: {error}')
+
+
+def _is_our_own(record: python_logging.LogRecord) -> bool:
+  """Orbax logs some twenty lines a save at INFO, through the same logger."""
+  return record.levelno > python_logging.INFO or 'orbax' not in record.pathname
 
 
 if __name__ == '__main__':

@@ -130,7 +130,8 @@ def _builder(name, num_classes, seed, options):
       f'Unknown model {name!r}; expected one of {", ".join(list_models())}.'
     )
   family, defaults = _FAMILIES[name]
-  known = inspect.signature(family).parameters.keys() - {'rngs'}
+  known = inspect.signature(family.__init__).parameters.keys()
+  known -= {'self', 'rngs'}
   unknown = sorted(options.keys() - known)
   if unknown:
     raise ValueError(

@@ -167,7 +167,7 @@ class Gate:
       opt_state=opt_state,
       price=self._next_price(state.price, metrics['madds']),
     )
-    metrics['gradient_norm'] = optax.global_norm(gradient)
+    metrics['gradient_norm'] = optax.tree.norm(gradient)
     return state, {**metrics, 'price': state.price}
 
   def _forward(self, network, images):

@@ -1,5 +1,6 @@
 """The two-stage run: train, save, resume, evaluate."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -165,19 +166,11 @@ class Run:
     if position.step >= stage.num_steps:
       return state
     progress = _Progress(stage.num_steps, self._experiment.dataset.batch_size)
-    batches = data.train_batches(
-      self._experiment.dataset,
-      seed=self._experiment.seed * len(self.stages) + position.stage,
-      start_step=position.step,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    for step in range(position.step, stage.num_steps):
-      state, scalars = stage.step(state, next(batches), step)
-      progress.add(scalars)
-      done = Position(position.stage, step + 1)
-      self._after_step(done, state, progress)
-    batches.close()
+    with contextlib.closing(self._train_batches(position)) as batches:
+      for step in range(position.step, stage.num_steps):
+        state, scalars = stage.step(state, next(batches), step)
+        progress.add(scalars)
+        self._after_step(Position(position.stage, step + 1), state, progress)
     return state
 
   def evaluate(self, variables: models.Variables) -> evaluate.Results:
@@ -254,6 +247,16 @@ class Run:
         **self._experiment.prediction_meta,
       },
       scores,
+    )
+
+  def _train_batches(self, position: Position):
+    return data.train_batches(
+      self._experiment.dataset,
+      # Every stage has an order of its own.
+      seed=self._experiment.seed * len(self.stages) + position.stage,
+      start_step=position.step,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
 
   def _eval_batches(self):

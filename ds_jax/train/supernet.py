@@ -261,6 +261,6 @@ class Supernet:
     )
     decay = jnp.minimum(self.config.ema_decay, (1 + step) / (10 + step))
     network = optax.incremental_update(variables, state.network, 1 - decay)
-    return SupernetState(variables, network, opt_state), optax.global_norm(
+    return SupernetState(variables, network, opt_state), optax.tree.norm(
       gradient
     )

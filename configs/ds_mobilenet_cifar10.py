@@ -1,0 +1,55 @@
+"""DS-MobileNet for 32-pixel images on CIFAR-10, both stages.
+
+    python -m ds_jax.main --config=configs/ds_mobilenet_cifar10.py \
+        --workdir=runs/cifar10 --config.dataset.data_dir=DIR
+
+DIR holds a TFDS copy of cifar10 as array_record. Time and result: not yet run.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the experiment: every number that a reader may want to change."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(
+    name='ds_mobilenet_tiny', num_classes=10, dropout_rate=0.0, dtype='float32'
+  )
+  config.dataset = dict(
+    name='cifar10',
+    data_dir='',  # where TFDS copies are; '' means TFDS's own default
+    image_size=32,
+    batch_size=128,
+    crop='pad',
+    crop_padding=4,
+    flip=True,
+    num_threads=2,
+  )
+  config.supernet = dict(
+    num_epochs=100,
+    num_random=1,  # random sub-networks a step, beside widest and narrowest
+    ensemble=False,
+    optimizer=dict(
+      name='sgd',
+      learning_rate=0.1,
+      momentum=0.9,
+      nesterov=True,
+      weight_decay=5e-4,
+      warmup_epochs=2.0,
+    ),
+    ema_decay=0.997,
+    label_smoothing=0.1,
+    accumulation_steps=1,
+  )
+  config.calibrate = dict(num_batches=100)
+  config.gate = dict(
+    num_epochs=10,
+    optimizer=dict(name='adamw', learning_rate=0.01),
+    target_madds=2.5e6,
+    hard_images='try_best',
+  )
+  config.checkpoint = dict(every_steps=2000, keep_last=2, keep_best=1)
+  config.log_every_steps = 100
+  config.eval_every_epochs = 5.0
+  return config

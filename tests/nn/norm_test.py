@@ -1,0 +1,152 @@
+"""Tests of the sliced batch norm against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from flax import nnx
+
+from ds_jax import nn
+
+ROWS, WIDTH = 3, 5
+EPSILON = 1e-5
+# The variance is a difference of two float32 means.
+TOLERANCE = dict(rtol=1e-5, atol=1e-6)
+
+
+def make_norm():
+  """A norm in which no two numbers are alike."""
+  rng = np.random.default_rng(0)
+  norm = nn.SlicedBatchNorm(WIDTH, ROWS)
+  norm.scale[...] = jnp.asarray(rng.uniform(0.5, 2, WIDTH), jnp.float32)
+  norm.bias[...] = jnp.asarray(rng.normal(size=WIDTH), jnp.float32)
+  norm.mean[...] = jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32)
+  norm.variance[...] = jnp.asarray(
+    rng.uniform(0.5, 2, (ROWS, WIDTH)), jnp.float32
+  )
+  return norm
+
+
+def make_input(*shape):
+  x = np.random.default_rng(1).normal(1.0, 2.0, shape)
+  return x.astype(np.float32)
+
+
+def arrays_of(norm):
+  names = ('scale', 'bias', 'mean', 'variance')
+  return {n: np.array(getattr(norm, n)[...], np.float64) for n in names}
+
+
+def normalize(x, mean, variance, arrays):
+  """The formula in float64, at x's width."""
+  width = x.shape[-1]
+  unit = (x.astype(np.float64) - mean) / np.sqrt(variance + EPSILON)
+  return unit * arrays['scale'][:width] + arrays['bias'][:width]
+
+
+class SlicedBatchNormTest(parameterized.TestCase):
+  @parameterized.product(row=(0, 1, 2), width=(1, 3, 5))
+  def test_inference_uses_the_row_and_the_slice(self, row, width):
+    norm = make_norm()
+    before = arrays_of(norm)
+    x = make_input(2, 3, 4, width)
+    mean, variance = (before[n][row, :width] for n in ('mean', 'variance'))
+    expected = normalize(x, mean, variance, before)
+    np.testing.assert_allclose(norm(x, row), expected, **TOLERANCE)
+    for name, array in arrays_of(norm).items():
+      np.testing.assert_array_equal(array, before[name])
+
+  @parameterized.product(width=(1, 3, 5), shape=((2, 3, 4), (7,)))
+  def test_training_normalises_with_the_batch(self, width, shape):
+    norm = make_norm()
+    x = make_input(*shape, width)
+    axes = tuple(range(len(shape)))
+    expected = normalize(
+      x, x.mean(axes), x.astype(np.float64).var(axes), arrays_of(norm)
+    )
+    np.testing.assert_allclose(norm(x, 1, 0.1), expected, **TOLERANCE)
+
+  @parameterized.product(
+    row=(0, 2), width=(3, 5), momentum=(0.1, 1.0, np.float32(0.25))
+  )
+  def test_running_statistics_move_in_the_row_and_slice_alone(
+    self, row, width, momentum
+  ):
+    norm = make_norm()
+    expected = arrays_of(norm)
+    x = make_input(2, 3, 4, width)
+    norm(x, row, momentum)
+    batch = {
+      'mean': x.astype(np.float64).mean((0, 1, 2)),
+      # As in PyTorch: over the count less one.
+      'variance': x.astype(np.float64).var((0, 1, 2), ddof=1),
+    }
+    found = arrays_of(norm)
+    for name, value in batch.items():
+      old = expected[name][row, :width].copy()
+      expected[name][row, :width] = (1 - momentum) * old + momentum * value
+      np.testing.assert_allclose(found[name], expected[name], **TOLERANCE)
+      untouched = np.ones((ROWS, WIDTH), bool)
+      untouched[row, :width] = False
+      np.testing.assert_array_equal(
+        found[name][untouched], expected[name][untouched]
+      )
+
+  def test_one_value_a_channel_keeps_its_variance_finite(self):
+    norm = make_norm()
+    norm(make_input(1, WIDTH), 0, 1.0)
+    np.testing.assert_array_equal(norm.variance[0], np.zeros(WIDTH))
+
+  def test_gradient_is_that_of_the_formula(self):
+    graph, params, stats = nnx.split(make_norm(), nnx.Param, nnx.BatchStat)
+    x = make_input(2, 3, 4, 3)
+    dy = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
+
+    def ours(x, params):
+      norm = nnx.merge(graph, params, stats, copy=True)
+      return (norm(x, 1, 0.1) * dy).sum()
+
+    def plain(x, scale, bias):
+      mean = x.mean((0, 1, 2), keepdims=True)
+      variance = ((x - mean) ** 2).mean((0, 1, 2), keepdims=True)
+      y = (x - mean) / jnp.sqrt(variance + EPSILON)
+      scale, bias = (v.reshape(1, 1, 1, -1) for v in (scale, bias))
+      return ((y * scale + bias) * dy).sum()
+
+    dx, dparams = jax.grad(ours, argnums=(0, 1))(x, params)
+    scale, bias = (params[n][...][:3] for n in ('scale', 'bias'))
+    expected = jax.grad(plain, argnums=(0, 1, 2))(x, scale, bias)
+    np.testing.assert_allclose(dx, expected[0], rtol=1e-4, atol=1e-5)
+    for name, value in zip(('scale', 'bias'), expected[1:], strict=True):
+      gradient = np.asarray(dparams[name][...])
+      np.testing.assert_allclose(gradient[:3], value, rtol=1e-4, atol=1e-5)
+      assert (gradient[3:] == 0).all()
+
+  @parameterized.parameters(None, 1.0)
+  def test_bfloat16_is_computed_in_float32(self, momentum):
+    norm = make_norm()
+    arrays = arrays_of(norm)
+    # A mean of 2,048 values cannot be summed in bfloat16.
+    x = jnp.asarray(make_input(8, 16, 16, WIDTH), jnp.bfloat16)
+    y = norm(x, 0, momentum)
+    assert y.dtype == jnp.bfloat16
+    assert norm.mean.dtype == norm.variance.dtype == jnp.float32
+    values = np.asarray(x, np.float64)
+    if momentum is None:
+      mean, variance = arrays['mean'][0], arrays['variance'][0]
+    else:
+      mean, variance = values.mean((0, 1, 2)), values.var((0, 1, 2))
+      unbiased = values.var((0, 1, 2), ddof=1)
+      np.testing.assert_allclose(norm.mean[0], mean, rtol=1e-5)
+      np.testing.assert_allclose(norm.variance[0], unbiased, rtol=1e-5)
+    expected = normalize(values, mean, variance, arrays)
+    # One rounding to 8 bits, at the end.
+    np.testing.assert_allclose(
+      np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5
+    )
+
+  @parameterized.parameters((6, 0), (5, 3), (5, -1))
+  def test_misfits_are_refused(self, width, row):
+    with pytest.raises(ValueError, match=f'{width} channels, row {row}, does'):
+      make_norm()(make_input(2, width), row)

@@ -1,0 +1,221 @@
+"""The run as a whole: resume, signals, guards, errors."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import micro
+from ds_jax import checkpoint
+from ds_jax.train import loop
+
+_REPOSITORY = pathlib.Path(__file__).parents[2]
+_STAGES = ('supernet', 'calibrate', 'gate')
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+  return micro.write_images(tmp_path_factory.mktemp('images'))
+
+
+@pytest.fixture
+def config(images):
+  config = micro.get_config()
+  config.dataset.name = images
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(images, tmp_path_factory):
+  """A whole run in this process: (config, workdir, results)."""
+  config = micro.get_config()
+  config.dataset.name = images
+  workdir = tmp_path_factory.mktemp('finished')
+  return config, workdir, loop.train(config, workdir)
+
+
+def _rows(workdir):
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  rows = []
+  for line in lines:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:  # cut off by a kill, or not yet whole
+      continue
+  return rows
+
+
+class _Command:
+  """`python -m ds_jax.main` in a process of its own."""
+
+  def __init__(self, images, workdir, cache):
+    environment = {
+      **os.environ,
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    self.workdir = workdir
+    self.process = subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'ds_jax.main'),
+        *('--config=tests/micro.py', f'--workdir={workdir}'),
+        f'--config.dataset.name={images}',
+      ],
+      cwd=_REPOSITORY,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def wait_for(self, stage, count, timeout=200):
+    """Returns once this process wrote `count` rows of a stage."""
+    before = len(_rows(self.workdir))
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+      rows = _rows(self.workdir)[before:]
+      if sum(row['stage'] == stage for row in rows) >= count:
+        return
+      assert self.process.poll() is None, self.process.communicate()[0]
+      time.sleep(0.001)
+    raise AssertionError(f'No {count} steps of {stage} in {timeout} s.')
+
+  def finish(self):
+    output, _ = self.process.communicate(timeout=200)
+    return self.process.returncode, output
+
+
+def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
+  cache = tmp_path / 'cache'
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  code, output = _Command(images, whole, cache).finish()
+  assert code == 0, output
+
+  # Any step will do, and each run of this test takes others.
+  steps = [random.randint(2, high) for high in (30, 8, 30)]
+  for stage, count in zip(_STAGES, steps, strict=True):
+    command = _Command(images, broken, cache)
+    command.wait_for(stage, count)
+    command.process.send_signal(signal.SIGKILL)
+    code, _ = command.finish()
+    assert code == -signal.SIGKILL
+    assert _rows(broken)[-1]['stage'] == stage, f'killed too late: {steps}'
+  code, output = _Command(images, broken, cache).finish()
+  assert code == 0, output
+  assert 'Resuming gate' in output or 'Resuming calibrate' in output
+
+  expected = checkpoint.restore(checkpoint.directory_of(whole))
+  found = checkpoint.restore(checkpoint.directory_of(broken))
+  assert found.step == expected.step
+  jax.tree.map(np.testing.assert_array_equal, found.tree, expected.tree)
+  results = [(d / 'results.json').read_text() for d in (whole, broken)]
+  assert results[0] == results[1]
+
+
+def test_sigterm_saves_and_exits_cleanly(images, tmp_path):
+  command = _Command(images, tmp_path / 'run', tmp_path / 'cache')
+  command.wait_for('supernet', 3)
+  command.process.send_signal(signal.SIGTERM)
+  code, output = command.finish()
+  assert code == 0, output
+  assert 'SIGTERM: saved supernet at step' in output
+  restored = checkpoint.restore(checkpoint.directory_of(tmp_path / 'run'))
+  assert restored.step == _rows(tmp_path / 'run')[-1]['step']
+
+
+def test_a_finished_run_is_only_evaluated_again(finished):
+  config, workdir, results = finished
+  rows = len(_rows(workdir))
+  assert loop.train(config, workdir) == results
+  assert len(_rows(workdir)) == rows
+
+
+def test_evaluate_mode_writes_the_same_results(finished):
+  config, workdir, results = finished
+  (workdir / 'results.json').unlink()
+  assert loop.evaluate_only(config, workdir) == results
+  assert json.loads((workdir / 'results.json').read_text()) == results
+
+
+def test_metrics_have_a_row_for_each_step(finished):
+  _, workdir, _ = finished
+  for stage, num_steps in zip(_STAGES, (40, 12, 40), strict=True):
+    rows = [r for r in _rows(workdir) if r['stage'] == stage]
+    assert sum('images_per_second' in row for row in rows) == num_steps
+  names = {n for r in _rows(workdir) if r['stage'] == 'supernet' for n in r}
+  assert {'loss/widest', 'loss/0', 'loss/1', 'top1/narrowest'} <= names
+
+
+def test_diverging_stops_and_keeps_a_finite_checkpoint(config, tmp_path):
+  config.supernet.optimizer.learning_rate = 1e30
+  config.supernet.optimizer.clip_norm = None
+  config.checkpoint.every_steps = 1
+  config.log_every_steps = 100
+  with pytest.raises(loop.NonFiniteError, match='supernet diverged by step'):
+    loop.train(config, tmp_path)
+  directory = pathlib.Path(checkpoint.directory_of(tmp_path))
+  if any(directory.iterdir()):
+    tree = checkpoint.restore(str(directory)).tree
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('seed', 1, 'seed was 0 and is 1'),
+    ('dataset.batch_size', 8, 'dataset.batch_size was 16 and is 8'),
+    ('gate.target_madds', 3.9e3, 'gate.target_madds was 4000.0 and is 3900'),
+  ],
+)
+def test_another_config_is_refused(finished, field, value, message):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ValueError, match=message):
+    loop.train(config, workdir)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('model.num_classes', 7, 'num_classes=7, but idx:.* has 3 classes'),
+    ('model.name', 'ds_mobilnet', "Unknown model 'ds_mobilnet'"),
+    ('dataset.batch_size', 12, '12 does not divide over 8 devices'),
+    ('dataset.batch_size', 160, 'batch_size 160 is larger than'),
+    ('supernet.num_random', 2, 'only 1 sub-networks between'),
+    ('supernet.accumulation_steps', 3, 'does not split'),
+    ('supernet.optimizer.name', 'sdg', "In config.supernet.optimizer: .*'sdg'"),
+    ('gate.target_madds', 5e9, 'gate.target_madds=5e\\+09 is out of reach'),
+    ('gate.hard_images', 'skip', "hard_images='skip'"),
+  ],
+)
+def test_a_wrong_config_is_refused(config, tmp_path, field, value, message):
+  config.update_from_flattened_dict({field: value})
+  config.supernet.num_epochs = 0.2
+  config.calibrate.num_batches = 1
+  with pytest.raises(ValueError, match=message):
+    loop.train(config, tmp_path)
+
+
+def test_an_unknown_field_is_named(config, tmp_path):
+  with config.unlocked():
+    config.supernet.ema_rate = 0.9
+  with pytest.raises(
+    ValueError, match='Unknown field config.supernet.ema_rate'
+  ):
+    loop.train(config, tmp_path)
+
+
+def test_evaluating_nothing_is_refused_and_makes_nothing(config, tmp_path):
+  with pytest.raises(checkpoint.CheckpointError, match='No checkpoints in'):
+    loop.evaluate_only(config, tmp_path / 'nothing')
+  assert not (tmp_path / 'nothing').exists()
