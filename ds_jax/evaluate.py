@@ -86,7 +86,7 @@ class Evaluator:
     }
 
   def _collect(self, variables, batches, subnets) -> Sweep:
-    variables = mesh_lib.replicate(self._mesh, variables)
+    variables = jax.device_put(variables, mesh_lib.replicated(self._mesh))
     parts = []
     for batch in batches:
       batch = mesh_lib.shard_batch(self._mesh, batch)

@@ -8,9 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from flax import nnx
 
-import ds_jax
 from ds_jax import convert, models
 
 GOLDEN = dict(
@@ -45,20 +43,18 @@ class TorchLike:
 
 
 def create_model(num_classes=10):
-  return nnx.eval_shape(
-    lambda: ds_jax.create_model(
-      'ds_mobilenet',
-      num_classes,
-      stem_widths=(8, 12),
-      stages=(
-        dict(widths=(8, 16)),
-        dict(widths=(16, 24), stride=2),
-        dict(widths=(16, 24)),
-        dict(widths=(16, 24, 32, 40), depth=2, stride=2),
-        dict(widths=(24, 32, 40, 48), stride=2),
-      ),
-      gate_stage=3,
-    )
+  return models.create_abstract_model(
+    'ds_mobilenet',
+    num_classes,
+    stem_widths=(8, 12),
+    stages=(
+      dict(widths=(8, 16)),
+      dict(widths=(16, 24), stride=2),
+      dict(widths=(16, 24)),
+      dict(widths=(16, 24, 32, 40), depth=2, stride=2),
+      dict(widths=(24, 32, 40, 48), stride=2),
+    ),
+    gate_stage=3,
   )
 
 

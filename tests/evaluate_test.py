@@ -85,8 +85,8 @@ class EvaluatorTest(parameterized.TestCase):
     cls.labels = generator.integers(0, 3, 24).astype(np.int32)
     mask = np.arange(24) < 21
     cls.batches = [
-      {'images': i, 'labels': l, 'mask': m}
-      for i, l, m in zip(
+      dict(zip(('images', 'labels', 'mask'), part, strict=True))
+      for part in zip(
         *(np.split(x, 3) for x in (cls.images, cls.labels, mask)), strict=True
       )
     ]

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
-from flax import nnx
 
-import ds_jax
 from ds_jax import convert, models
 from ds_jax.train import losses, optimizer, supernet
 from ds_jax.train import mesh as meshes
@@ -34,20 +32,18 @@ def section(prefix):
 
 
 def create_model():
-  return nnx.eval_shape(
-    lambda: ds_jax.create_model(
-      'ds_mobilenet',
-      10,
-      stem_widths=(8, 12),
-      stages=(
-        dict(widths=(8, 16), depth=1, stride=1),
-        dict(widths=(16, 24), depth=1, stride=2),
-        dict(widths=(16, 24), depth=1, stride=1),
-        dict(widths=(16, 24, 32, 40), depth=2, stride=2),
-        dict(widths=(24, 32, 40, 48), depth=1, stride=2),
-      ),
-      gate_stage=3,
-    )
+  return models.create_abstract_model(
+    'ds_mobilenet',
+    10,
+    stem_widths=(8, 12),
+    stages=(
+      dict(widths=(8, 16), depth=1, stride=1),
+      dict(widths=(16, 24), depth=1, stride=2),
+      dict(widths=(16, 24), depth=1, stride=1),
+      dict(widths=(16, 24, 32, 40), depth=2, stride=2),
+      dict(widths=(24, 32, 40, 48), depth=1, stride=2),
+    ),
+    gate_stage=3,
   )
 
 

@@ -9,7 +9,7 @@ Axes: N images of one process's share of a batch, S side of an image.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -72,28 +72,6 @@ class DataConfig:
           f'Data set option {option} is out of range:'
           f' {getattr(self, option)!r}.'
         )
-
-  @classmethod
-  def from_config(cls, config: Mapping[str, Any]) -> 'DataConfig':
-    """Makes one from an experiment's `config.dataset`.
-
-    Args:
-      config: a `ConfigDict` or another mapping of attributes to values.
-
-    Returns:
-      The configuration.
-
-    Raises:
-      ValueError: if there is an option that `DataConfig` lacks, or a value out
-        of range.
-    """
-    known = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-      raise ValueError(
-        f'Unknown data set options {unknown}; known: {", ".join(known)}.'
-      )
-    return cls(**{option: config[option] for option in config})
 
 
 def train_batches(

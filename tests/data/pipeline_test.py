@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import threading
 
-import ml_collections
 import numpy as np
 import pytest
 from absl.testing import parameterized
@@ -196,18 +195,6 @@ class EvalBatchesTest(parameterized.TestCase):
 
 
 class DataConfigTest(parameterized.TestCase):
-  def test_config_dict_is_taken(self):
-    config = ml_collections.ConfigDict(
-      {'name': 'digits', 'crop': None, 'crop_scale': (0.3, 1.0)}
-    )
-    expected = data.DataConfig('digits', crop=None, crop_scale=(0.3, 1.0))
-    assert data.DataConfig.from_config(config) == expected
-
-  def test_unknown_option_is_refused_and_the_known_are_listed(self):
-    config = ml_collections.ConfigDict({'name': 'digits', 'imagesize': 32})
-    with pytest.raises(ValueError, match=r"\['imagesize'\]; known: name, .*"):
-      data.DataConfig.from_config(config)
-
   @parameterized.parameters(
     {'crop': 'random'},
     {'image_size': 0},

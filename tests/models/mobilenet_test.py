@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from flax import nnx
 
 import ds_jax
 from ds_jax import models
@@ -61,9 +60,7 @@ RELEASED = [
 
 def create_abstract(num_classes=5, **options):
   """A model of shapes, made without compiling an initialiser."""
-  return nnx.eval_shape(
-    lambda: ds_jax.create_model('ds_mobilenet', num_classes, **options)
-  )
+  return models.create_abstract_model('ds_mobilenet', num_classes, **options)
 
 
 def random_variables(model, seed=0):
@@ -372,12 +369,9 @@ class SubnetTest(parameterized.TestCase):
 
 class OptionsTest(parameterized.TestCase):
   def test_widest_is_the_last_bucket_where_the_trunk_has_one_width(self):
-    options = dict(OPTIONS, stem_widths=(8,))
     stages = (dict(widths=(12,)), *OPTIONS['stages'][1:])
-    model = ds_jax.create_model(
-      'ds_mobilenet', 5, **{**options, 'stages': stages}
-    )
-    assert model.widest is model.routing_space[-1]
+    model = create_abstract(stem_widths=(8,), stages=stages, gate_stage=1)
+    assert model.widest == model.routing_space[-1]
     assert [s.index for s in model.routing_space] == [0, 1, 2]
     assert [s.widths for s in model.routing_space] == [
       (8, 12, 8, 12),
@@ -389,9 +383,7 @@ class OptionsTest(parameterized.TestCase):
     assert stats['stages/2/0/pointwise_norm/mean'].shape == (3, 24)
 
   def test_subnets_are_values(self):
-    one, other = (
-      create_abstract(seed=s, **OPTIONS) for s in (0, 1)
-    )
+    one, other = (create_abstract(seed=s, **OPTIONS) for s in (0, 1))
     assert one.narrowest == other.narrowest == one.routing_space[0]
     assert len({*one.routing_space, *other.routing_space, one.widest}) == 4
     assert models.sub_networks(one) == (*one.routing_space, one.widest)
@@ -440,7 +432,7 @@ class OptionsTest(parameterized.TestCase):
     assert (np.abs(np.asarray(many).mean(0) - plain[0]) < 5 * error).all()
 
   def test_released_network_costs_what_was_published(self):
-    model = nnx.eval_shape(lambda: ds_jax.create_model('ds_mobilenet'))
+    model = models.create_abstract_model('ds_mobilenet')
     madds = [model.cost(s, 224).madds for s in model.routing_space]
     assert [round(m / 1e6) for m in madds] == RELEASED
     assert round(model.cost(model.widest, 224).madds / 1e6) == 820
@@ -457,7 +449,14 @@ class OptionsTest(parameterized.TestCase):
   def test_weights_depend_on_the_seed_alone(self):
     one, same, other = (
       models.variables_of(
-        ds_jax.create_model('ds_mobilenet', 5, seed=seed, **OPTIONS)
+        ds_jax.create_model(
+          'ds_mobilenet',
+          5,
+          seed=seed,
+          stem_widths=(8,),
+          stages=(dict(widths=(8, 12)),),
+          gate_stage=0,
+        )
       ).params
       for seed in (3, 3, 4)
     )
@@ -484,7 +483,7 @@ class RefusalTest(parameterized.TestCase):
       models.StageSpec(**stage)
 
   def create(self, **options):
-    return ds_jax.create_model('ds_mobilenet', 5, **{**OPTIONS, **options})
+    return create_abstract(**{**OPTIONS, **options})
 
   def test_stages_of_unequal_numbers_of_buckets_are_refused(self):
     stages = (*OPTIONS['stages'][:2], dict(widths=(12, 16)))
@@ -502,7 +501,9 @@ class RefusalTest(parameterized.TestCase):
       ds_jax.create_model('resnet')
 
   def test_unknown_option_is_named(self):
-    with pytest.raises(ValueError, match="'ds_mobilenet'.*'depths'"):
+    with pytest.raises(
+      ValueError, match="'depths' of .*'ds_mobilenet'; .*gate_"
+    ):
       self.create(depths=3)
 
   @parameterized.named_parameters(

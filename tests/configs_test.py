@@ -1,0 +1,48 @@
+"""Every config is read, fits its model and says how it is run."""
+
+import ast
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+from ds_jax import models
+from ds_jax.train import experiment as experiments
+from ds_jax.train import gate, mesh
+
+_CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
+
+
+def _get_config(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+@pytest.mark.parametrize('path', _CONFIGS, ids=lambda path: path.stem)
+def test_config_is_read_and_fits_its_model(path):
+  experiment = experiments.Experiment.from_config(_get_config(path))
+  model = models.create_abstract_model(**experiment.model)
+  # The gate refuses a target that its buckets can't meet.
+  gate.Gate(
+    experiment.gate,
+    model,
+    experiment.normalize,
+    image_size=experiment.dataset.image_size,
+    num_steps=1000,
+    steps_per_epoch=100,
+    seed=0,
+    mesh=mesh.make_mesh(jax.devices()[:1]),
+  )
+  assert experiment.supernet.num_random <= len(model.routing_space) - 1
+
+
+@pytest.mark.parametrize('path', _CONFIGS, ids=lambda path: path.stem)
+def test_docstring_has_command_time_and_result(path):
+  docstring = ast.get_docstring(ast.parse(path.read_text()))
+  command = f'python -m ds_jax.main --config=configs/{path.name}'
+  assert command in docstring
+  assert 'Time' in docstring
+  assert 'Expected' in docstring or 'not yet run' in docstring

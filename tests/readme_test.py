@@ -1,0 +1,73 @@
+"""What the README shows is what works."""
+
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+from flax import serialization
+
+import ds_jax
+import micro
+from ds_jax import checkpoint, models, summary
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_README = (_ROOT / 'README.md').read_text()
+
+
+def _blocks(language):
+  return re.findall(rf'```{language}\n(.*?)```', _README, re.DOTALL)
+
+
+def _commands():
+  lines = [line for block in _blocks('sh') for line in block.splitlines()]
+  return [part for line in lines for part in line.split(' && ')]
+
+
+def test_predicting_in_three_lines(tmp_path, capsys):
+  (code,) = _blocks('python')
+  assert len(code.splitlines()) == 3
+  # A run's checkpoint, without the run.
+  network = models.variables_of(ds_jax.create_model(**micro.MODEL))
+  meta = {
+    'stage': 'gate', 'model': micro.MODEL, 'image_size': 8,
+    'crop_ratio': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3,
+  }  # fmt: skip
+  with checkpoint.Checkpointer(checkpoint.directory_of(tmp_path)) as saver:
+    saver.save(1, {'network': serialization.to_state_dict(network)}, meta)
+  images = np.zeros((5, 8, 8, 3), np.uint8)
+  exec(code.replace('runs/digits', str(tmp_path)), {'images': images})
+  labels = capsys.readouterr().out.strip()
+  assert re.fullmatch(r'\[\d \d \d \d \d\]', labels)
+
+
+def test_there_are_two_commands_to_start_with():
+  start = _README[_README.index('## Start') : _README.index('Then predict')]
+  commands = re.findall(r'```sh\n(.*?)```', start, re.DOTALL)
+  assert len(commands) == 2
+  assert all(len(command.splitlines()) == 1 for command in commands)
+  assert '--config=configs/ds_digits.py' in commands[0]
+  assert commands[1].strip().endswith('pytest')
+
+
+def test_commands_name_modules_and_files_that_exist():
+  assert len(_commands()) > 6
+  for command in _commands():
+    for word in shlex.split(command):
+      if word.startswith('--config=configs/'):
+        assert (_ROOT / word.removeprefix('--config=')).exists(), word
+      if word.startswith('ds_jax.'):
+        module = _ROOT / (word.replace('.', '/') + '.py')
+        assert module.exists(), word
+
+
+def test_summary_command(capsys):
+  (command,) = [c for c in _commands() if 'ds_jax.summary' in c]
+  summary.main(shlex.split(command)[3:])
+  assert '132,890,144' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', re.findall(r'`(ds_\w+\.py)`', _README))
+def test_configs_of_the_table_exist(name):
+  assert (_ROOT / 'configs' / name).exists()

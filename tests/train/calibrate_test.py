@@ -1,0 +1,124 @@
+"""Tests of calibration: each row is a plain mean over batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import parameterized
+
+from ds_jax import models
+from ds_jax.train import calibrate
+from ds_jax.train import mesh as meshes
+
+NUM_BATCHES = 3
+
+
+def normalize(images):
+  return images.astype(jnp.float32) / 64 - 2
+
+
+def random_variables(model):
+  rng = np.random.default_rng(0)
+
+  def fill(path, array):
+    noise = rng.normal(0, 0.5, array.shape).astype(np.float32)
+    positive = path.endswith(('scale', 'variance'))
+    return jnp.asarray(np.exp(noise) if positive else noise)
+
+  variables = models.variables_of(model)
+  return models.Variables(
+    {path: fill(path, array) for path, array in variables.params.items()},
+    {path: fill(path, array) for path, array in variables.batch_stats.items()},
+  )
+
+
+class CalibrateTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.model = models.create_abstract_model(
+      'ds_mobilenet',
+      3,
+      stem_widths=(4, 6),
+      stages=(
+        dict(widths=(4, 8)),
+        dict(widths=(4, 6, 8), depth=2, stride=2),
+      ),
+      gate_stage=1,
+    )
+    cls.variables = random_variables(cls.model)
+    rng = np.random.default_rng(1)
+    cls.batches = [
+      rng.integers(0, high, (8, 8, 8, 3)).astype(np.uint8)
+      for high in (64, 128, 256)
+    ]
+    mesh = meshes.make_mesh(jax.devices()[:1])
+    config = calibrate.CalibrateConfig(num_batches=NUM_BATCHES)
+    stage = calibrate.Calibrate(config, cls.model, normalize, mesh=mesh)
+    assert stage.num_steps == NUM_BATCHES
+    state = stage.init(cls.variables)
+    for step, images in enumerate(cls.batches):
+      state, _ = stage.step(state, {'images': images}, step)
+    cls.network = state.network
+
+  def test_weights_are_left_alone(self):
+    for path, array in self.variables.params.items():
+      np.testing.assert_array_equal(self.network.params[path], array)
+
+  def test_first_rows_are_the_mean_of_the_batches_moments(self):
+    kernel = self.variables.params['stem/kernel']
+    for row, width in ((0, 4), (1, 6)):
+      outputs = [
+        jax.lax.conv_general_dilated(
+          normalize(images),
+          kernel[..., :width],
+          (2, 2),
+          ((1, 1), (1, 1)),
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        for images in self.batches
+      ]
+      outputs = np.asarray(outputs, np.float64)
+      moments = {
+        'mean': outputs.mean((1, 2, 3)),
+        'variance': outputs.var((1, 2, 3), ddof=1),
+      }
+      for kind, values in moments.items():
+        path = f'stem_norm/{kind}'
+        found = np.asarray(self.network.batch_stats[path][row])
+        # The variance is a difference of two float32 means.
+        np.testing.assert_allclose(
+          found[:width], values.mean(0), rtol=1e-5, atol=1e-5
+        )
+        # What the slice does not read keeps what it had.
+        before = self.variables.batch_stats[path][row, width:]
+        np.testing.assert_array_equal(found[width:], before)
+
+  def test_every_row_is_the_mean_of_each_sub_network_s_moments(self):
+    architecture = models.Architecture(self.model)
+    subnets = models.sub_networks(self.model)
+    assert len(subnets) == 4
+
+    @jax.jit
+    def moments(images):
+      """All rows as this batch alone makes them."""
+      model = architecture.bind(self.variables)
+      for subnet in subnets:
+        model(normalize(images), subnet, momentum=1.0)
+      return models.variables_of(model).batch_stats
+
+    batches = [moments(images) for images in self.batches]
+    for path, found in self.network.batch_stats.items():
+      rows = np.stack([batch[path] for batch in batches])
+      scale = np.abs(rows).max()
+      np.testing.assert_allclose(
+        found, rows.mean(0), rtol=0, atol=1e-5 * scale, err_msg=path
+      )
+      # Not what was there, nor what one batch would leave: in every row.
+      for other in (self.variables.batch_stats[path], rows[0], rows[-1]):
+        assert (np.abs(found - other).max(-1) > 1e-3 * scale).all(), path
+
+  def test_bucket_statistics_are_in_rows_of_their_own(self):
+    # Channel 0 of the block before is the same in every bucket; not here.
+    rows = self.network.batch_stats['stages/1/1/pointwise_norm/mean']
+    assert rows.shape == (4, 8)
+    assert len(np.unique(np.asarray(rows)[:, 0])) == 4

@@ -1,0 +1,338 @@
+"""Tests of Stage II: its update against float64 NumPy, and what it leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from ds_jax import models
+from ds_jax.train import gate, optimizer
+from ds_jax.train import mesh as meshes
+
+SEED = 3
+NUM_IMAGES, NUM_BUCKETS, REDUCED = 8, 3, 2
+HEAD = 'stages/1/0/gate/slim/kernel'
+TEMPERATURE = 0.7
+SMOOTHING = 0.1
+
+
+def create_model(**options):
+  return models.create_abstract_model(
+    'ds_mobilenet',
+    3,
+    stem_widths=(4, 6),
+    stages=(dict(widths=(4, 8)), dict(widths=(4, 12, 24))),
+    gate_stage=1,
+    **options,
+  )
+
+
+def random_variables(model):
+  """Weights that all matter: the gate's reduction is positive.
+
+  With this seed the buckets disagree, and the gate does not send all images to
+  the same one.
+  """
+  rng = np.random.default_rng(2)
+
+  def fill(path, array):
+    noise = rng.normal(0, 0.5, array.shape).astype(np.float32)
+    if path.endswith('reduce/bias'):
+      noise += 3
+    positive = path.endswith(('scale', 'variance'))
+    return jnp.asarray(np.exp(noise) if positive else noise)
+
+  variables = models.variables_of(model)
+  return models.Variables(
+    {path: fill(path, array) for path, array in variables.params.items()},
+    {path: fill(path, array) for path, array in variables.batch_stats.items()},
+  )
+
+
+def normalize(images):
+  return images.astype(jnp.float32) / 64 - 2
+
+
+def make_batch():
+  rng = np.random.default_rng(1)
+  images = rng.integers(0, 256, (NUM_IMAGES, 8, 8, 3)).astype(np.uint8)
+  labels = rng.integers(0, 3, NUM_IMAGES).astype(np.int32)
+  return {'images': images, 'labels': labels}
+
+
+def make_stage(model, **config):
+  config = gate.GateConfig(
+    num_epochs=1,
+    optimizer=optimizer.OptimizerConfig(learning_rate=1.0, momentum=0.0),
+    **config,
+  )
+  return gate.Gate(
+    config,
+    model,
+    normalize,
+    image_size=8,
+    num_steps=10,
+    steps_per_epoch=10,
+    seed=SEED,
+    mesh=meshes.make_mesh(jax.devices()[:1]),
+  )
+
+
+def softmax(logits):
+  logits = np.exp(logits - logits.max(-1, keepdims=True))
+  return logits / logits.sum(-1, keepdims=True)
+
+
+def cross_entropy(logits, labels):
+  """With label smoothing."""
+  log = np.log(softmax(logits))
+  own = log[np.arange(len(labels)), labels]
+  return -((1 - SMOOTHING) * own + SMOOTHING * log.mean(-1)).mean()
+
+
+def differences(function, x, step=1e-5):
+  """Central differences, good to the square of the step."""
+  gradient = np.zeros(x.shape)
+  for index in np.ndindex(*x.shape):
+    change = np.zeros(x.shape)
+    change[index] = step
+    gradient[index] = (function(x + change) - function(x - change)) / (2 * step)
+  return gradient
+
+
+class GateTestCase(parameterized.TestCase):
+  """A stage, whose program is compiled once for a class."""
+
+  config = {}
+  options = {}
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.model = create_model(**cls.options)
+    cls.variables = random_variables(cls.model)
+    cls.batch = make_batch()
+    cls.madds = np.asarray(
+      [cls.model.cost(s, 8).madds for s in cls.model.routing_space], np.float64
+    )
+    cls.stage = make_stage(cls.model, **cls.config)
+
+  def init(self, head=None):
+    """The state, if need be with this slimming head."""
+    params = dict(self.variables.params)
+    if head is not None:
+      params[HEAD] = jnp.asarray(head, jnp.float32)
+    return self.stage.init(self.variables.replace(params=params))
+
+
+class LossTestCase(GateTestCase):
+  """The whole loss, written out anew."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    architecture = models.Architecture(cls.model)
+    images = cls.batch['images']
+
+    @jax.jit
+    def frozen_parts(variables):
+      model = architecture.bind(variables)
+      features = model.trunk(normalize(images))
+      space = model.routing_space
+      return features, [model.branch(features, s) for s in space]
+
+    features, outputs = frozen_parts(cls.variables)
+    # z_k, (K, N, C).
+    cls.outputs = np.asarray(outputs, np.float64)
+    path = HEAD.removesuffix('slim/kernel') + 'reduce'
+    params = {
+      name: np.asarray(cls.variables.params[f'{path}/{name}'], np.float64)
+      for name in ('kernel', 'bias')
+    }
+    pooled = np.asarray(features, np.float64).mean((1, 2))
+    kernel = params['kernel'][: pooled.shape[-1]]
+    cls.reduced = np.maximum(pooled @ kernel + params['bias'], 0)
+    # Some images are easy, some dependent and some hard.
+    first, last = cls.outputs[0].argmax(-1), cls.outputs[-1].argmax(-1)
+    neither = np.where(first == last, (first + 1) % 3, 3 - first - last)
+    labels = np.choose(np.arange(NUM_IMAGES) % 3, (first, last, neither))
+    cls.batch['labels'] = labels.astype(np.int32)
+
+  def mix(self, logits, step):
+    """The relaxed sample of the step's noise."""
+    key = jax.random.fold_in(jax.random.key(SEED), step)
+    noise = jax.random.gumbel(key, logits.shape, jnp.float32)
+    return softmax((logits + np.asarray(noise, np.float64)) / TEMPERATURE)
+
+  def sandwich_labels(self, hard):
+    right = self.outputs.argmax(-1) == self.batch['labels']
+    return np.where(right[0], 0, np.where(right[-1], NUM_BUCKETS - 1, hard))
+
+  def check_step(self, hard, madds_term, state, step):
+    """One step of SGD at learning rate 1 moves the head by the gradient."""
+    head = np.asarray(state.head[HEAD], np.float64)
+    start = self.mix(self.reduced @ head, step)
+    one_hot = np.eye(NUM_BUCKETS)[start.argmax(-1)]
+    targets, labels = self.sandwich_labels(hard), self.batch['labels']
+
+    def routed(head):
+      mix = one_hot + self.mix(self.reduced @ head, step) - start
+      return mix, np.einsum('nk,knc->nc', mix, self.outputs)
+
+    def loss(head):
+      mix, logits = routed(head)
+      total = 2 * cross_entropy(self.reduced @ head, targets)
+      total += 3 * cross_entropy(logits, labels)
+      return total + madds_term((mix @ self.madds).mean())
+
+    gradient = differences(loss, head)
+    new, metrics = self.stage.step(state, self.batch, step)
+    found = head - np.asarray(new.head[HEAD])
+    # Float32 against float64.
+    atol = 1e-4 * np.abs(gradient).max()
+    np.testing.assert_allclose(found, gradient, rtol=0, atol=atol)
+
+    logits = self.reduced @ head
+    expected = {
+      'loss/sandwich': cross_entropy(logits, targets),
+      'loss/routed': cross_entropy(routed(head)[1], labels),
+      'madds': self.madds[logits.argmax(-1)].mean(),
+      'easy': (targets == 0).mean(),
+      'gradient_norm': np.sqrt((gradient**2).sum()),
+      'price': new.price,
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    return new, metrics
+
+
+class SquaredMaddsTest(LossTestCase):
+  """Without a target: c * (mean MAdds / unit)^2."""
+
+  config = dict(
+    sandwich_weight=2.0,
+    routed_weight=3.0,
+    madds_weight=0.25,
+    madds_unit=5e3,
+    temperature=TEMPERATURE,
+    label_smoothing=SMOOTHING,
+    ema_decay=0.6,
+  )
+
+  @parameterized.parameters(0, 1)
+  def test_head_moves_by_the_gradient_of_the_stated_loss(self, step):
+    def madds_term(spent):
+      return 0.25 * (spent / 5e3) ** 2
+
+    new, _ = self.check_step(NUM_BUCKETS - 1, madds_term, self.init(), step)
+    assert new.price == 0
+
+  def test_each_kind_of_image_is_there(self):
+    right = self.outputs.argmax(-1) == self.batch['labels']
+    assert right[0].any() and (~right[0] & ~right[-1]).any()
+    assert (right[-1] & ~right[0]).any()
+
+  def test_only_the_head_changes(self):
+    state = self.init()
+    for step in range(3):
+      state, _ = self.stage.step(state, self.batch, step)
+    for kind in ('params', 'batch_stats'):
+      found, before = (
+        getattr(v, kind) for v in (state.network, self.variables)
+      )
+      assert found.keys() == before.keys()
+      for path, array in before.items():
+        same = np.asarray(found[path]).tobytes() == np.asarray(array).tobytes()
+        assert same == (path != HEAD), path
+    assert state.head.keys() == {HEAD}
+
+  # The decay is (1 + t) / (10 + t) while that is less than 0.6.
+  @parameterized.parameters((0, 0.1), (5, 0.4), (50, 0.6))
+  def test_network_holds_the_average_of_the_head(self, step, decay):
+    state, _ = self.stage.step(self.init(), self.batch, 0)
+    before, average = (
+      np.asarray(a[HEAD]) for a in (state.head, state.network.params)
+    )
+    assert (before != average).all()
+    state, _ = self.stage.step(state, self.batch, step)
+    head = np.asarray(state.head[HEAD])
+    expected = decay * average + (1 - decay) * head
+    found = state.network.params[HEAD]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+  def test_steps_repeat_to_the_bit_and_keep_what_they_gave(self):
+    runs = []
+    for _ in range(2):
+      state, all_metrics = self.init(), []
+      for step in range(3):
+        state, metrics = self.stage.step(state, self.batch, step)
+        all_metrics.append(metrics)
+      # States are donated; metrics and the caller's arrays are not.
+      runs.append(jax.tree.map(np.array, (state, all_metrics, self.variables)))
+    for one, other in zip(*map(jax.tree.leaves, runs), strict=True):
+      np.testing.assert_array_equal(one, other)
+
+
+class TargetTest(LossTestCase):
+  """With a target: price * mean MAdds / the widest bucket's."""
+
+  TARGET, RATE = 4e3, 0.05
+  config = dict(
+    sandwich_weight=2.0,
+    routed_weight=3.0,
+    target_madds=TARGET,
+    price_rate=RATE,
+    hard_images='give_up',
+    temperature=TEMPERATURE,
+    label_smoothing=SMOOTHING,
+  )
+
+  @parameterized.parameters(0.0, 4.0, -3.0)
+  def test_head_moves_by_the_gradient_of_the_stated_loss(self, price):
+    def madds_term(spent):
+      return price * spent / self.madds[-1]
+
+    state = self.init().replace(price=jnp.float32(price))
+    _, metrics = self.check_step(0, madds_term, state, 0)
+    excess = (float(metrics['madds']) - self.TARGET) / self.madds[-1]
+    expected = price + self.RATE * excess
+    np.testing.assert_allclose(metrics['price'], expected, rtol=1e-5)
+
+  @parameterized.parameters(0, NUM_BUCKETS - 1)
+  def test_price_rises_where_too_much_is_spent_and_else_falls(self, bucket):
+    assert self.madds[0] < self.TARGET < self.madds[-1]
+    head = np.zeros((REDUCED, NUM_BUCKETS))
+    head[:, bucket] = 10
+    state, metrics = self.stage.step(self.init(head), self.batch, 0)
+    # All images go to this bucket, whatever the noise.
+    assert metrics['madds'] == self.madds[bucket]
+    excess = (self.madds[bucket] - self.TARGET) / self.madds[-1]
+    np.testing.assert_allclose(state.price, self.RATE * excess, rtol=1e-5)
+    assert (state.price > 0) == (bucket > 0)
+
+
+class BfloatTest(GateTestCase):
+  config = dict(target_madds=4e3)
+  options = dict(dtype='bfloat16')
+
+  def test_losses_are_finite_and_arrays_stay_float32(self):
+    state, metrics = self.stage.step(self.init(), self.batch, 0)
+    assert all(np.isfinite(value) for value in metrics.values())
+    arrays = jax.tree.leaves((state.network, state.head, state.price))
+    assert {array.dtype for array in arrays} == {jnp.dtype('float32')}
+    moved = np.asarray(state.head[HEAD]) != self.variables.params[HEAD]
+    assert np.isfinite(state.head[HEAD]).all() and moved.all()
+
+
+class RefusalTest(parameterized.TestCase):
+  @parameterized.parameters(-1, 1)
+  def test_target_out_of_reach_is_refused(self, side):
+    model = create_model()
+    ends = [model.cost(model.routing_space[i], 8).madds for i in (0, -1)]
+    for end in ends:
+      make_stage(model, target_madds=end)
+    target = ends[0] - 1 if side < 0 else ends[1] + 1
+    with pytest.raises(ValueError, match='out of reach: the buckets cost'):
+      make_stage(model, target_madds=target)
