@@ -54,7 +54,7 @@ class Evaluator:
     self._normalize = normalize
     self._mesh = mesh
     self._run = jax.jit(
-      self._run_,
+      self._count_hits,
       static_argnames='subnets',
       out_shardings=mesh_lib.replicated(mesh),
     )
@@ -96,7 +96,7 @@ class Evaluator:
     )
     return Sweep(top1[:, mask], top5[:, mask], buckets[mask])
 
-  def _run_(self, variables, batch, subnets):
+  def _count_hits(self, variables, batch, subnets):
     model = self._architecture.bind(variables)
     images, labels = self._normalize(batch['images']), batch['labels']
     features = model.trunk(images)

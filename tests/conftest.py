@@ -1,5 +1,8 @@
 """Test-wide settings: eight simulated devices, strict rank promotion.
 
+XLA's CPU backend compiles at level 0: nearly all of the tests' time is
+compilation, and no test's tolerance depends on the level.
+
 The environment is set before jax starts its backend. NPROC widens the thread
 pool: with fewer than two threads a simulated device, collectives in flight
 deadlock on a small machine.
@@ -8,8 +11,12 @@ deadlock on a small machine.
 import os
 
 os.environ.setdefault('NPROC', '16')
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    '--xla_backend_optimization_level=0',
+  ]
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 

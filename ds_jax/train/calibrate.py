@@ -49,7 +49,7 @@ class Calibrate:
     self._architecture = models.Architecture(model)
     self._normalize = normalize
     self._calibrate = jax.jit(
-      self._calibrate_, out_shardings=mesh_lib.replicated(mesh)
+      self._move_statistics, out_shardings=mesh_lib.replicated(mesh)
     )
 
   def init(self, variables: models.Variables) -> CalibrateState:
@@ -63,7 +63,7 @@ class Calibrate:
     batch_stats = self._calibrate(state.network, images, momentum)
     return CalibrateState(state.network.replace(batch_stats=batch_stats)), {}
 
-  def _calibrate_(self, variables, images, momentum):
+  def _move_statistics(self, variables, images, momentum):
     images = self._normalize(images)
     model = self._architecture.bind(variables)
     # Each row is moved once: the trunk's for all buckets together.

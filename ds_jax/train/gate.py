@@ -129,7 +129,7 @@ class Gate:
 
   def _compile(self):
     self._step = jax.jit(
-      self._step_,
+      self._update_head,
       out_shardings=mesh.replicated(self.mesh),
       donate_argnames='state',
     )
@@ -149,7 +149,7 @@ class Gate:
     batch = mesh.shard_batch(self.mesh, batch)
     return self._step(state, batch['images'], batch['labels'], jnp.int32(step))
 
-  def _step_(self, state, images, labels, step):
+  def _update_head(self, state, images, labels, step):
     features, logits = self._forward(state.network, images)
     key = jax.random.fold_in(jax.random.key(self.seed), step)
     gradient, metrics = jax.grad(self._loss, has_aux=True)(

@@ -116,14 +116,14 @@ class Supernet:
   def _compile(self):
     jit = functools.partial(jax.jit, out_shardings=mesh.replicated(self.mesh))
     # Teachers' outputs stay split along the batch, like the images.
-    self._teach = jax.jit(self._teach_, static_argnames='subnet')
-    self._widest_gradient = jit(self._widest_gradient_)
+    self._teach = jax.jit(self._soft_targets, static_argnames='subnet')
+    self._widest_gradient = jit(self._widest_pass)
     self._student_gradient = jit(
-      self._student_gradient_,
+      self._student_pass,
       static_argnames='subnet',
       donate_argnames='gradient',
     )
-    self._update = jit(self._update_, donate_argnames='state')
+    self._update = jit(self._apply_gradient, donate_argnames='state')
 
   def init(self, variables: models.Variables) -> SupernetState:
     """Returns the state before the first step."""
@@ -209,11 +209,11 @@ class Supernet:
         teachers.append(self._teach(teacher, images, subnet=subnet))
     return gradient, batch_stats, metrics
 
-  def _teach_(self, teacher, images, subnet):
+  def _soft_targets(self, teacher, images, subnet):
     model = self._architecture.bind(teacher)
     return jax.nn.softmax(model(self._normalize(images), subnet))
 
-  def _widest_gradient_(self, variables, images, labels, key, gradient):
+  def _widest_pass(self, variables, images, labels, key, gradient):
     def loss_fn(logits):
       return losses.cross_entropy(logits, labels, self.config.label_smoothing)
 
@@ -225,7 +225,7 @@ class Supernet:
     accuracy = (logits.argmax(-1) == labels).mean()
     return new, batch_stats, {'loss/widest': loss, 'accuracy': accuracy}
 
-  def _student_gradient_(self, variables, images, targets, gradient, subnet):
+  def _student_pass(self, variables, images, targets, gradient, subnet):
     def loss_fn(logits):
       return losses.soft_cross_entropy(logits, targets)
 
@@ -248,7 +248,7 @@ class Supernet:
     )(variables.params)
     return loss, logits, gradient, batch_stats
 
-  def _update_(self, state, gradient, step):
+  def _apply_gradient(self, state, gradient, step):
     if self.config.accumulation_steps > 1:
       share = 1 / self.config.accumulation_steps
       gradient = jax.tree.map(lambda g: g * share, gradient)
