@@ -63,6 +63,7 @@ class SeparableBlock(nnx.Module):
     rows_in: int,
     rows: int,
     num_buckets: int | None,
+    reduced: int,
     rngs: nnx.Rngs,
   ):
     """Makes the full-size block.
@@ -74,13 +75,16 @@ class SeparableBlock(nnx.Module):
       rows_in: rows of statistics of the norm after the depthwise convolution.
       rows: rows of statistics of the norm after the pointwise convolution.
       num_buckets: K in the gated block, None elsewhere.
+      reduced: the width of the attention's and gate's shared reduction.
       rngs: the stream `params` initialises the weights.
     """
     self.depthwise = nn.SlicedDepthwiseConv(
       in_features, _KERNEL_SIZE, stride=stride, rngs=rngs
     )
     self.depthwise_norm = nn.SlicedBatchNorm(in_features, rows_in)
-    self.gate = nn.DoubleHeadedGate(in_features, num_buckets, rngs=rngs)
+    self.gate = nn.DoubleHeadedGate(
+      in_features, num_buckets, reduced=reduced, rngs=rngs
+    )
     self.pointwise = nn.SlicedDense(
       in_features, features, use_bias=False, rngs=rngs
     )
@@ -113,6 +117,7 @@ class MobileNet(nnx.Module):
     stem_widths: Sequence[int],
     stages: Sequence[StageSpec | Mapping],
     gate_stage: int,
+    gate_width: int | None = None,
     dropout_rate: float = 0.0,
     dtype: str = 'float32',
     rngs: nnx.Rngs,
@@ -125,6 +130,9 @@ class MobileNet(nnx.Module):
       stages: the stages; mappings are read as `StageSpec(**mapping)`.
       gate_stage: the index of the stage whose first block holds the gate. From
         it on, every stage has K widths, one a bucket.
+      gate_width: the features that the slimming head decides by: the width of
+        the gated block's reduction. None means a quarter of the block's input,
+        as published, which is few in a narrow network.
       dropout_rate: before the classifier, where a call brings an `rng`.
       dtype: what activations are computed in, `float32` or `bfloat16`.
       rngs: the stream `params` initialises the weights.
@@ -138,6 +146,7 @@ class MobileNet(nnx.Module):
     )
     self.specs = (stem, *stages)
     self.gate_stage = gate_stage
+    self._gate_width = gate_width
     self.num_classes = num_classes
     self.dropout_rate = dropout_rate
     self.dtype = dtype
@@ -166,6 +175,7 @@ class MobileNet(nnx.Module):
             rows_in=trunk_rows if i < gate_stage or gated else branch_rows,
             rows=trunk_rows if i < gate_stage else branch_rows,
             num_buckets=len(self.routing_space) if gated else None,
+            reduced=self._reduced_width(i, j, width_in),
             rngs=rngs,
           )
         )
@@ -256,14 +266,20 @@ class MobileNet(nnx.Module):
     total = subnets.conv_cost(side**2, _KERNEL_SIZE, 3, width)
     total += subnets.norm_cost(width)
     full_in = self.specs[0].widths[-1]
-    for spec, stage in zip(self.specs[1:], subnet.stages, strict=True):
+    for i, stage in enumerate(subnet.stages):
+      spec = self.specs[1 + i]
       for j in range(spec.depth):
         side = conv.output_size(side, spec.stride if j == 0 else 1)
-        reduced = gate.reduced_width(full_in)
+        reduced = self._reduced_width(i, j, full_in)
         total += _block_cost(side**2, width, stage.width, reduced)
         width, full_in = stage.width, spec.widths[-1]
     total += subnets.pool_cost(side**2, width)
     return total + subnets.dense_cost(width, self.num_classes)
+
+  def _reduced_width(self, stage: int, block: int, full_in: int) -> int:
+    if self._gate_width and (stage, block) == (self.gate_stage, 0):
+      return self._gate_width
+    return gate.reduced_width(full_in)
 
   def _trunk_row(self, subnet: subnets.Subnet) -> int:
     return 0 if subnet.index < len(self.routing_space) else 1

@@ -21,16 +21,22 @@ class DoubleHeadedGate(nnx.Module):
   """
 
   def __init__(
-    self, features: int, num_buckets: int | None = None, *, rngs: nnx.Rngs
+    self,
+    features: int,
+    num_buckets: int | None = None,
+    *,
+    reduced: int | None = None,
+    rngs: nnx.Rngs,
   ):
-    """Makes the heads; the reduction keeps a quarter of the full width.
+    """Makes the heads.
 
     Args:
       features: C, the widest input.
       num_buckets: K, the slimming head's outputs; None leaves it out.
+      reduced: R; None means `reduced_width(features)`.
       rngs: the stream `params` initialises the kernels.
     """
-    reduced = reduced_width(features)
+    reduced = reduced or reduced_width(features)
     self.reduce = dense.SlicedDense(features, reduced, rngs=rngs)
     self.expand = dense.SlicedDense(reduced, features, rngs=rngs)
     self.slim = (
@@ -61,5 +67,5 @@ def _slimming_head(reduced, num_buckets, rngs) -> dense.SlicedDense:
 
 
 def reduced_width(features: int) -> int:
-  """Returns R, the width of the shared reduction."""
+  """Returns R as published: a quarter of the full width."""
   return features // 4

@@ -1,0 +1,56 @@
+"""DS-MobileNet on Fashion-MNIST, both stages.
+
+    python -m ds_jax.main --config=configs/ds_mobilenet_fashion_mnist.py \
+        --workdir=runs/fashion --config.dataset.name=idx:DIR
+
+DIR holds the four IDX files; on Debian the package `dataset-fashion-mnist`
+installs them in the folder that is the default here. Time: not yet run.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the experiment: every number that a reader may want to change."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(
+    name='ds_mobilenet_tiny', num_classes=10, dropout_rate=0.0, dtype='float32'
+  )
+  config.dataset = dict(
+    name='idx:/usr/share/datasets/fashion-mnist',
+    image_size=28,  # the images' own: resizing would only cost time
+    batch_size=128,
+    crop='pad',
+    crop_padding=2,
+    flip=True,
+    num_threads=1,
+  )
+  config.supernet = dict(
+    num_epochs=12.0,
+    num_random=1,  # random sub-networks a step, beside widest and narrowest
+    ensemble=False,
+    optimizer=dict(
+      name='sgd',
+      learning_rate=0.2,
+      momentum=0.9,
+      nesterov=True,
+      weight_decay=1e-4,
+      warmup_epochs=0.5,
+    ),
+    ema_decay=0.99,
+    label_smoothing=0.1,
+    accumulation_steps=1,
+  )
+  config.calibrate = dict(num_batches=50)
+  config.gate = dict(
+    num_epochs=3.0,
+    optimizer=dict(name='adamw', learning_rate=0.01),
+    target_madds=2.1e6,  # 61% of the widest's
+    price_rate=0.05,
+    hard_images='try_best',
+  )
+  config.checkpoint = dict(every_steps=468, keep_last=2, keep_best=1)
+  config.log_every_steps = 100
+  config.eval_every_epochs = 2.0
+  return config
