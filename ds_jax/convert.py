@@ -9,6 +9,7 @@ PyTorch (`pip install "ds_jax[torch]"`), and by nothing but its
 
 import argparse
 import dataclasses
+import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -250,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
       read_torch(arguments.input),
       models.create_abstract_model(**model_arguments),
     )
-  except (ImportError, OSError, ValueError) as error:
+  except (ImportError, OSError, ValueError, pickle.UnpicklingError) as error:
     sys.exit(f'{type(error).__name__}: {error}')
   save_converted(model, model_arguments, arguments.output)
   print(f'Wrote {arguments.output}; load it with ds_jax.Predictor.restore.')

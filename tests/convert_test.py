@@ -3,12 +3,14 @@
 That the weights mean the same here is held by golden_test.
 """
 
+import importlib.util
 import pathlib
 
 import numpy as np
 import pytest
 from absl.testing import parameterized
 
+import ds_jax
 from ds_jax import convert, models
 
 GOLDEN = dict(
@@ -166,3 +168,59 @@ class FromOfficialTest(parameterized.TestCase):
     with pytest.raises(ValueError, match='widths and num_classes') as raised:
       convert.from_official(STATE, create_model(num_classes=7))
     assert str(raised.value).count('shape of classifier.') == 2
+
+
+class CommandTest(parameterized.TestCase):
+  """`python -m ds_jax.convert`, where PyTorch is installed."""
+
+  def setUp(self):
+    super().setUp()
+    self.torch = pytest.importorskip('torch')
+    self.folder = pathlib.Path(self.create_tempdir().full_path)
+
+  def release_state(self):
+    """A state with the release's names and shapes, and random weights."""
+    generator = np.random.default_rng(0)
+    sources = convert._official_sources(
+      models.create_abstract_model('ds_mobilenet')
+    )
+    return {
+      name: self.torch.from_numpy(
+        np.abs(0.1 * generator.normal(size=shape)).astype(np.float32)
+      )
+      for source in sources.values()
+      for name, shape in zip(source.names, source.shapes, strict=True)
+    }
+
+  def test_a_file_becomes_a_checkpoint_that_predicts(self):
+    state = self.release_state()
+    path = self.folder / 'DS_MBNet-70_1.pth.tar'
+    self.torch.save({'epoch': 1, 'state_dict': state}, path)
+    output = self.folder / 'run'
+    convert.main([f'--input={path}', f'--output={output}'])
+    predictor = ds_jax.Predictor.restore(output)
+    np.testing.assert_array_equal(
+      predictor.model.classifier.kernel[...], state['classifier.weight'].T
+    )
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    assert predictor(images).logits.shape == (1, 1000)
+
+  def test_what_does_not_fit_ends_in_one_message(self):
+    state = self.release_state()
+    del state['classifier.bias']
+    state['classifier.weight'] = state['classifier.weight'][:10]
+    path = self.folder / 'other.pth'
+    self.torch.save(state, path)
+    with pytest.raises(SystemExit) as stopped:
+      convert.main([f'--input={path}', f'--output={self.folder / "run"}'])
+    assert 'missing: classifier.bias' in str(stopped.value)
+    assert 'shape of classifier.weight: (10, 1152)' in str(stopped.value)
+    assert not (self.folder / 'run').exists()
+
+
+def test_a_file_needs_torch_and_says_how_to_get_it(tmp_path):
+  if importlib.util.find_spec('torch'):
+    pytest.skip('PyTorch is installed.')
+  with pytest.raises(SystemExit) as stopped:
+    convert.main([f'--input={tmp_path / "x.pth"}', f'--output={tmp_path}'])
+  assert 'pip install "ds_jax[torch]"' in str(stopped.value)
