@@ -5,15 +5,19 @@ python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the experiment: every number that a reader may want to change."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = dict(name='ds_mobilenet_tiny', num_classes=10)
+  config.model = dict(
+    name='ds_mobilenet_tiny', num_classes=10, dropout_rate=0.0, dtype='float32'
+  )
   config.dataset = dict(
     name='digits',
+    data_dir='',  # of TFDS copies; the embedded data need none
     image_size=32,
     batch_size=64,
     crop='pad',
@@ -22,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_threads=1,
   )
   config.supernet = dict(
-    num_epochs=20,
+    num_epochs=20.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     optimizer=dict(
@@ -32,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
       nesterov=True,
       weight_decay=1e-4,
       warmup_epochs=1.0,
+      clip_norm=config_dict.placeholder(float),
     ),
     ema_decay=0.98,
     label_smoothing=0.1,
@@ -39,10 +44,10 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.calibrate = dict(num_batches=20)
   config.gate = dict(
-    num_epochs=10,
-    optimizer=dict(name='adamw', learning_rate=0.01),
+    num_epochs=30.0,
+    optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=2e6,
-    price_rate=0.02,
+    price_rate=0.1,
     hard_images='try_best',
   )
   config.checkpoint = dict(every_steps=200, keep_last=2, keep_best=1)

@@ -11,6 +11,7 @@ crops and flips.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -32,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_threads=16,
   )
   config.supernet = dict(
-    num_epochs=150,
+    num_epochs=150.0,
     num_random=2,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     optimizer=dict(
@@ -43,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
       weight_decay=1e-4,
       warmup_epochs=5.0,
       warmup_init=1e-5,
+      clip_norm=config_dict.placeholder(float),
     ),
     ema_decay=0.997,
     label_smoothing=0.1,
@@ -50,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.calibrate = dict(num_batches=100)
   config.gate = dict(
-    num_epochs=30,
+    num_epochs=30.0,
     optimizer=dict(
       name='sgd', learning_rate=0.08, momentum=0.9, weight_decay=0.01
     ),

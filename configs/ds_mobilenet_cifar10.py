@@ -7,6 +7,7 @@ DIR holds a TFDS copy of cifar10 as array_record. Time and result: not yet run.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -27,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_threads=2,
   )
   config.supernet = dict(
-    num_epochs=100,
+    num_epochs=100.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     optimizer=dict(
@@ -37,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
       nesterov=True,
       weight_decay=5e-4,
       warmup_epochs=2.0,
+      clip_norm=config_dict.placeholder(float),
     ),
     ema_decay=0.997,
     label_smoothing=0.1,
@@ -44,8 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.calibrate = dict(num_batches=100)
   config.gate = dict(
-    num_epochs=10,
-    optimizer=dict(name='adamw', learning_rate=0.01),
+    num_epochs=10.0,
+    optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=2.5e6,
     hard_images='try_best',
   )

@@ -8,6 +8,7 @@ installs them in the folder that is the default here. Time: not yet run.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -19,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.dataset = dict(
     name='idx:/usr/share/datasets/fashion-mnist',
+    data_dir='',  # of TFDS copies; idx:DIR has its own
     image_size=28,  # the images' own: resizing would only cost time
     batch_size=128,
     crop='pad',
@@ -37,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
       nesterov=True,
       weight_decay=1e-4,
       warmup_epochs=0.5,
+      clip_norm=config_dict.placeholder(float),
     ),
     ema_decay=0.99,
     label_smoothing=0.1,
@@ -45,9 +48,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.calibrate = dict(num_batches=50)
   config.gate = dict(
     num_epochs=3.0,
-    optimizer=dict(name='adamw', learning_rate=0.01),
+    optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=2.1e6,  # 61% of the widest's
-    price_rate=0.05,
+    price_rate=0.1,
     hard_images='try_best',
   )
   config.checkpoint = dict(every_steps=468, keep_last=2, keep_best=1)

@@ -159,6 +159,11 @@ def directory_of(workdir: str) -> str:
   return str(epath.Path(workdir) / 'checkpoints')
 
 
+def has_steps(directory: str) -> bool:
+  """Whether anything was saved there, whole or not."""
+  return bool(_steps(_absolute(directory)))
+
+
 def restore(directory: str, step: int | None = None) -> Restored:
   """Restores without writing: the directory may be read-only.
 

@@ -3,7 +3,7 @@
     python -m ds_jax.convert --input=DS_MBNet-70_1.pth.tar --output=DIR
 
 writes a checkpoint that `Predictor.restore("DIR")` loads. The file is read with
-PyTorch (`pip install "ds_jax[torch]"`), and by nothing but its
+PyTorch (`pip install -e ".[torch]"`), and by nothing but its
 `weights_only=True` reader.
 """
 
@@ -20,6 +20,15 @@ import numpy as np
 from flax import nnx, serialization
 
 from ds_jax import checkpoint, data, models
+
+# A damaged file raises RuntimeError or UnpicklingError.
+_PLAIN_ERRORS = (
+  ImportError,
+  OSError,
+  RuntimeError,
+  ValueError,
+  pickle.UnpicklingError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,14 +210,19 @@ def read_torch(path: str) -> dict[str, Any]:
   Raises:
     ImportError: if PyTorch is not installed.
     FileNotFoundError: if there is no such file.
+    ValueError: if it holds something else.
   """
   try:
     import torch
   except ImportError as error:
     raise ImportError(
-      f'Reading {path} needs PyTorch: pip install "ds_jax[torch]".'
+      f'Reading {path} needs PyTorch: pip install -e ".[torch]".'
     ) from error
-  content = torch.load(path, map_location='cpu', weights_only=True)
+  # Training scripts put their arguments beside the arrays.
+  with torch.serialization.safe_globals([argparse.Namespace]):
+    content = torch.load(path, map_location='cpu', weights_only=True)
+  if not isinstance(content, Mapping):
+    raise ValueError(f'{path} holds a {type(content).__name__}, not a dict.')
   for name in ('state_dict_ema', 'state_dict', 'model'):
     if isinstance(content.get(name), Mapping):
       return dict(content[name])
@@ -221,8 +235,16 @@ def save_converted(model, model_arguments: Mapping[str, Any], output: str):
   Args:
     model: the converted network.
     model_arguments: what `create_model` made it of.
-    output: the workdir to write.
+    output: the workdir to write, new or empty.
+
+  Raises:
+    FileExistsError: if there are checkpoints already.
   """
+  directory = checkpoint.directory_of(output)
+  if checkpoint.has_steps(directory):
+    raise FileExistsError(
+      f'{directory} holds checkpoints already; choose a new --output.'
+    )
   mean, std = data.channel_statistics('imagenet2012')
   meta = {
     'stage': 'converted',
@@ -233,7 +255,7 @@ def save_converted(model, model_arguments: Mapping[str, Any], output: str):
     'std': std,
   }
   network = serialization.to_state_dict(models.variables_of(model))
-  with checkpoint.Checkpointer(checkpoint.directory_of(output)) as saver:
+  with checkpoint.Checkpointer(directory) as saver:
     saver.save(0, {'network': network}, meta)
 
 
@@ -247,13 +269,13 @@ def main(argv: list[str] | None = None) -> None:
   arguments = parser.parse_args(argv)
   model_arguments = {'name': 'ds_mobilenet', 'num_classes': 1000}
   try:
-    model = from_official(
-      read_torch(arguments.input),
-      models.create_abstract_model(**model_arguments),
+    state = read_torch(arguments.input)
+    model = models.create_abstract_model(**model_arguments)
+    save_converted(
+      from_official(state, model), model_arguments, arguments.output
     )
-  except (ImportError, OSError, ValueError, pickle.UnpicklingError) as error:
+  except _PLAIN_ERRORS as error:
     sys.exit(f'{type(error).__name__}: {error}')
-  save_converted(model, model_arguments, arguments.output)
   print(f'Wrote {arguments.output}; load it with ds_jax.Predictor.restore.')
 
 

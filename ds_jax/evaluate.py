@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ds_jax import mesh as mesh_lib
 from ds_jax import models
-from ds_jax.train import mesh as mesh_lib
 
 Results = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Evaluator:
     self._normalize = normalize
     self._mesh = mesh
     self._run = jax.jit(
-      self._count_hits,
+      self._run_batch,
       static_argnames='subnets',
       out_shardings=mesh_lib.replicated(mesh),
     )
@@ -91,12 +91,14 @@ class Evaluator:
     for batch in batches:
       batch = mesh_lib.shard_batch(self._mesh, batch)
       parts.append(self._run(variables, batch, subnets=subnets))
+      # One batch runs while the next is read, and no more are on the way.
+      jax.block_until_ready(parts[-2:-1])
     top1, top5, buckets, mask = (
       np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)
     )
     return Sweep(top1[:, mask], top5[:, mask], buckets[mask])
 
-  def _count_hits(self, variables, batch, subnets):
+  def _run_batch(self, variables, batch, subnets):
     model = self._architecture.bind(variables)
     images, labels = self._normalize(batch['images']), batch['labels']
     features = model.trunk(images)
@@ -197,13 +199,15 @@ def _oracle(right, madds):
 def table(results: Results) -> str:
   """Returns `results` as text for people."""
   widest = max(row['madds'] for row in results['subnets'])
-  lines = [f'{"":>14} {"top-1 %":>8} {"top-5 %":>8} {"MAdds":>15} {"share":>7}']
+  lines = [
+    f'{"":>14} {"top-1 %":>8} {"top-5 %":>8} {"MAdds":>15} {"of widest":>9}'
+  ]
 
   def add(name, row):
     top5 = f'{100 * row["top5"]:8.2f}' if 'top5' in row else ' ' * 8
     lines.append(
       f'{name:>14} {100 * row["top1"]:8.2f} {top5} {row["madds"]:15,.0f}'
-      f' {row["madds"] / widest:7.1%}'
+      f' {row["madds"] / widest:9.1%}'
     )
 
   for row in results['subnets']:

@@ -2,8 +2,8 @@
 
     python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 
-Run again, the same command resumes where it was. A field of the config is
-changed with `--config.gate.num_epochs=5`.
+Run again, the same command resumes where it was. Any field in the
+file is changed with a flag like `--config.gate.num_epochs=5`.
 """
 
 import logging as python_logging
@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ds_jax import checkpoint, data
-from ds_jax.train import loop
+from ds_jax.train import experiment, loop
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'An experiment: a file of configs/.', lock_config=True
@@ -23,9 +23,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
 
-# Mistakes of the user's and of the machine's, whose message says it all.
+# Mistakes whose message says it all. Anything else keeps its traceback.
 _PLAIN_ERRORS = (
-  ValueError,
+  experiment.ConfigError,
   checkpoint.CheckpointError,
   data.DatasetNotFoundError,
   loop.NonFiniteError,
@@ -36,7 +36,6 @@ def main(argv):
   """Runs the chosen mode; a plain error ends with its message and status 1."""
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments {argv[1:]}.')
-  logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_is_our_own)
   modes = {'train': loop.train, 'evaluate': loop.evaluate_only}
   try:
@@ -44,7 +43,6 @@ def main(argv):
   except loop.Preempted as preempted:
     logging.info('%s', preempted)
   except _PLAIN_ERRORS as error:
-    logging.debug('', exc_info=True)
     sys.exit(f'{type(error).__name__}: {error}')
 
 
@@ -53,6 +51,15 @@ def _is_our_own(record: python_logging.LogRecord) -> bool:
   return record.levelno > python_logging.INFO or 'orbax' not in record.pathname
 
 
+def _parse_flags(argv):
+  """Parses the command line; a field that the config lacks is a plain error."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:
+    return sys.exit(f'Bad --config.FIELD=VALUE: {error}')
+
+
 if __name__ == '__main__':
   flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  flags.FLAGS.set_default('verbosity', logging.INFO)
+  app.run(main, flags_parser=_parse_flags)

@@ -79,16 +79,17 @@ class Predictor:
     )
 
   @classmethod
-  def restore(cls, workdir: str) -> 'Predictor':
-    """Restores the newest intact checkpoint of a run or a conversion.
+  def restore(cls, workdir: str, step: int | None = None) -> 'Predictor':
+    """Restores a checkpoint of a run or a conversion.
 
     Args:
       workdir: that of `ds_jax.main`, or the output of `ds_jax.convert`.
+      step: one of those in its `checkpoints/`; None means the newest intact.
 
     Raises:
       CheckpointError: if there is no intact checkpoint.
     """
-    restored = checkpoint.restore(checkpoint.directory_of(workdir))
+    restored = checkpoint.restore(checkpoint.directory_of(workdir), step)
     meta = restored.meta
     model = models.create_abstract_model(**meta['model'])
     return cls(

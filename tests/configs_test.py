@@ -7,9 +7,9 @@ import pathlib
 import jax
 import pytest
 
-from ds_jax import models
+from ds_jax import mesh, models
 from ds_jax.train import experiment as experiments
-from ds_jax.train import gate, mesh
+from ds_jax.train import gate
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 

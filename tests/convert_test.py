@@ -223,4 +223,4 @@ def test_a_file_needs_torch_and_says_how_to_get_it(tmp_path):
     pytest.skip('PyTorch is installed.')
   with pytest.raises(SystemExit) as stopped:
     convert.main([f'--input={tmp_path / "x.pth"}', f'--output={tmp_path}'])
-  assert 'pip install "ds_jax[torch]"' in str(stopped.value)
+  assert 'pip install -e ".[torch]"' in str(stopped.value)

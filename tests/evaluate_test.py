@@ -8,7 +8,7 @@ from absl.testing import parameterized
 import ds_jax
 import micro
 from ds_jax import evaluate, models
-from ds_jax.train import mesh as mesh_lib
+from ds_jax import mesh as mesh_lib
 
 
 class ResultsTest(parameterized.TestCase):

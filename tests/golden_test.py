@@ -13,8 +13,8 @@ import numpy as np
 from absl.testing import parameterized
 
 from ds_jax import convert, models
+from ds_jax import mesh as meshes
 from ds_jax.train import losses, optimizer, supernet
-from ds_jax.train import mesh as meshes
 
 GOLDEN = dict(
   np.load(pathlib.Path(__file__).parent / 'official_dsnet_tiny.npz')

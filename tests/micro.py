@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     ),
     accumulation_steps=1,
   )
-  config.calibrate = dict(num_batches=12)
+  config.calibrate = dict(num_batches=40)
   config.gate = dict(
     num_epochs=8.0,
     optimizer=dict(name='adamw', learning_rate=0.01),

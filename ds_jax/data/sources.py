@@ -357,7 +357,7 @@ def _how_to_prepare(name: str, folder: pathlib.Path | str) -> str:
   if manual_files:
     command += ' --manual_dir=MANUAL_DIR'
   lines = [
-    'Prepare it once (needs TensorFlow: pip install "ds_jax[tf]"):',
+    'Prepare it once (needs TensorFlow: pip install -e ".[tf]"):',
     f'  {command}',
   ]
   if manual_files:

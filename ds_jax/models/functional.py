@@ -54,7 +54,9 @@ class Architecture:
 def variables_of(model: nnx.Module) -> Variables:
   """Returns a model's arrays."""
   _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-  return Variables(_Layout(params).flat, _Layout(batch_stats).flat)
+  return Variables(
+    _Layout(params).flatten(params), _Layout(batch_stats).flatten(batch_stats)
+  )
 
 
 class _Layout:
@@ -64,17 +66,22 @@ class _Layout:
     leaves, self._treedef = jax.tree_util.tree_flatten_with_path(
       nnx.to_pure_dict(state)
     )
-    self.flat = {_path_name(path): leaf for path, leaf in leaves}
+    self._names = [_path_name(path) for path, _ in leaves]
+
+  def flatten(self, state: nnx.State) -> Arrays:
+    leaves = jax.tree.leaves(nnx.to_pure_dict(state))
+    return dict(zip(self._names, leaves, strict=True))
 
   def nest(self, flat: Arrays) -> Any:
-    if flat.keys() != self.flat.keys():
-      missing = sorted(self.flat.keys() - flat.keys())
-      unknown = sorted(flat.keys() - self.flat.keys())
+    names = set(self._names)
+    if flat.keys() != names:
+      missing = sorted(names - flat.keys())
+      unknown = sorted(flat.keys() - names)
       raise ValueError(
         f'These arrays are not this model: missing {missing}, unknown'
         f' {unknown}.'
       )
-    return jax.tree.unflatten(self._treedef, [flat[n] for n in self.flat])
+    return jax.tree.unflatten(self._treedef, [flat[n] for n in self._names])
 
 
 def _path_name(path) -> str:

@@ -140,6 +140,8 @@ class MobileNet(nnx.Module):
     Raises:
       ValueError: if the stages do not make a routing space.
     """
+    if dtype not in ('float32', 'bfloat16'):
+      raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'.")
     stem = StageSpec(tuple(stem_widths))
     stages = tuple(
       s if isinstance(s, StageSpec) else StageSpec(**s) for s in stages

@@ -114,7 +114,7 @@ class SlicedDepthwiseConv(nnx.Module):
         f'Slice of {x.shape[-1]} channels does not fit a depthwise convolution'
         f' of {full_width}.'
       )
-    if size > full_size or size % 2 == 0:
+    if not 0 < size <= full_size or size % 2 == 0:
       raise ValueError(
         f'Kernel slice {size} does not fit: expected an odd number up to'
         f' {full_size}.'

@@ -37,8 +37,13 @@ def dispatch_images(
 
 
 def default_tile_size(batch_size: int, num_buckets: int) -> int:
-  """Returns a power of two that pads at most about a quarter of the batch."""
-  largest = max(1, batch_size // (4 * num_buckets))
+  """Returns a power of two: a sixteenth of the batch for four buckets.
+
+  Small tiles use the machine badly, large ones are padded more. Fewer than
+  four images a tile are left to small batches alone, since the tiles that many
+  buckets leave over cost nothing.
+  """
+  largest = max(min(4, batch_size), batch_size // (4 * num_buckets))
   return 1 << (largest.bit_length() - 1)
 
 

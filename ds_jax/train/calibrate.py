@@ -10,9 +10,11 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
+from ds_jax import mesh as mesh_lib
 from ds_jax import models
-from ds_jax.train import mesh as mesh_lib
+from ds_jax.train import validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,9 @@ class CalibrateConfig:
   """
 
   num_batches: int = 50
+
+  def __post_init__(self):
+    validation.check_range('num_batches', self.num_batches, low=1)
 
 
 @flax.struct.dataclass
@@ -60,8 +65,9 @@ class Calibrate:
     """Takes one batch into the running mean; see `Supernet.step`."""
     images = mesh_lib.shard_batch(self.mesh, batch['images'])
     momentum = jnp.float32(1 / (step + 1))
-    batch_stats = self._calibrate(state.network, images, momentum)
-    return CalibrateState(state.network.replace(batch_stats=batch_stats)), {}
+    batch_stats, norm = self._calibrate(state.network, images, momentum)
+    network = state.network.replace(batch_stats=batch_stats)
+    return CalibrateState(network), {'statistics_norm': norm}
 
   def _move_statistics(self, variables, images, momentum):
     images = self._normalize(images)
@@ -72,4 +78,5 @@ class Calibrate:
       model.branch(features, subnet, momentum=momentum)
     if model.widest not in model.routing_space:
       model(images, model.widest, momentum=momentum)
-    return models.variables_of(model).batch_stats
+    batch_stats = models.variables_of(model).batch_stats
+    return batch_stats, optax.tree.norm(batch_stats)

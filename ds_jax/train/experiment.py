@@ -18,10 +18,15 @@ from ds_jax.train import calibrate as calibrate_lib
 from ds_jax.train import gate as gate_lib
 from ds_jax.train import optimizer as optimizer_lib
 from ds_jax.train import supernet as supernet_lib
+from ds_jax.train import validation
 
 _Config = TypeVar('_Config')
 
 STAGES = ('supernet', 'calibrate', 'gate')
+
+
+class ConfigError(ValueError):
+  """An experiment that can't be run as it is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,11 @@ class CheckpointConfig:
   every_steps: int = 1000
   keep_last: int = 2
   keep_best: int = 1
+
+  def __post_init__(self):
+    validation.check_range('every_steps', self.every_steps, low=1)
+    validation.check_range('keep_last', self.keep_last, low=1)
+    validation.check_range('keep_best', self.keep_best, low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +76,17 @@ class Experiment:
   log_every_steps: int = 50
   eval_every_epochs: float = 1
 
+  def __post_init__(self):
+    validation.check_range('seed', self.seed, low=0)
+    validation.check_range('log_every_steps', self.log_every_steps, low=1)
+    validation.check_range('eval_every_epochs', self.eval_every_epochs, low=0)
+
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> 'Experiment':
     """Reads a `ConfigDict`.
 
     Raises:
-      ValueError: for an unknown, missing or impossible field, by its name.
+      ConfigError: for an unknown, missing or impossible field, by its name.
     """
     if isinstance(config, ml_collections.ConfigDict):
       config = config.to_dict()
@@ -101,21 +116,27 @@ class Experiment:
     """What is on disk.
 
     Raises:
-      ValueError: if the model has another number of classes.
+      ConfigError: if the model has another number of classes, or there are
+        fewer images than in a batch.
     """
     info = data.dataset_info(self.dataset.name, self.dataset.data_dir)
     num_classes = self.model.get('num_classes', 1000)
     if num_classes != info.num_classes:
-      raise ValueError(
+      raise ConfigError(
         f'config.model.num_classes={num_classes}, but {info.name} has'
         f' {info.num_classes} classes; set it to that.'
+      )
+    if info.num_train < self.dataset.batch_size:
+      raise ConfigError(
+        f'config.dataset.batch_size={self.dataset.batch_size} is larger than'
+        f' the train split of {info.name} with {info.num_train} images.'
       )
     return info
 
   @property
   def steps_per_epoch(self) -> int:
-    """Whole batches in the training split, at least one."""
-    return max(1, self.dataset_info.num_train // self.dataset.batch_size)
+    """Whole batches in the training split."""
+    return self.dataset_info.num_train // self.dataset.batch_size
 
   @property
   def eval_every_steps(self) -> int:
@@ -129,11 +150,11 @@ class Experiment:
     """The smallest batch that a step puts on the devices.
 
     Raises:
-      ValueError: if the batch does not split into equal micro-batches.
+      ConfigError: if the batch does not split into equal micro-batches.
     """
     parts = self.supernet.accumulation_steps
     if self.dataset.batch_size % parts:
-      raise ValueError(
+      raise ConfigError(
         f'config.dataset.batch_size={self.dataset.batch_size} does not split'
         f' into config.supernet.accumulation_steps={parts} equal parts.'
       )
@@ -190,7 +211,7 @@ def _read(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
   fields = dataclasses.fields(cls)
   unknown = sorted(set(values) - {f.name for f in fields})
   if unknown:
-    raise ValueError(
+    raise ConfigError(
       f'Unknown field {where}.{unknown[0]}; {where} has'
       f' {", ".join(f.name for f in fields)}.'
     )
@@ -202,8 +223,8 @@ def _read(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
     and f.default_factory is dataclasses.MISSING
   ]
   if missing:
-    raise ValueError(f'Missing field {where}.{missing[0]}.')
+    raise ConfigError(f'Missing field {where}.{missing[0]}.')
   try:
     return cls(**values)
   except ValueError as error:
-    raise ValueError(f'In {where}: {error}') from error
+    raise ConfigError(f'In {where}: {error}') from error

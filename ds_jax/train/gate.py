@@ -11,9 +11,10 @@ them, `z = sum_k g_k z_k`, and
 (DS-Net++, section 4.2). The MAdds term is the paper's `c * (mean MAdds /
 unit)^2`, or, where a `target_madds` is stated, `price * mean MAdds / widest
 MAdds`. The price moves with the difference between what the gate would spend
-at inference (argmax, no noise) and the target: dual ascent. It is negative
-where the gate spends too little, as it does without it: SGS labels are so
-unbalanced on a trained network that the argmax is always the first bucket.
+at inference (argmax, no noise) and the target: dual ascent, damped as in an
+augmented Lagrangian. It is negative where the gate spends too little, as it
+does without it: SGS labels are so unbalanced on a trained network that the
+argmax is always the first bucket.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from ds_jax import mesh as mesh_lib
 from ds_jax import models
-from ds_jax.train import losses, mesh, optimizer
+from ds_jax.train import losses, optimizer, validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,14 @@ class GateConfig:
     madds_weight: c, used where there is no target.
     madds_unit: what MAdds are counted in for c.
     target_madds: mean MAdds per image to hold; None leaves it to c.
-    price_rate: how fast the price moves, per step and unit of excess.
+    price_rate: how far the price moves in a step, for an excess of the widest
+      bucket's MAdds and at the full learning rate.
+    price_damping: what is added to the price for the batch's own excess, as an
+      augmented Lagrangian does; without it price and head swing.
     hard_images: `try_best` or `give_up`; see `losses.sandwich_labels`.
     temperature: of the relaxed sample.
     label_smoothing: of both cross-entropies.
-    ema_decay: of the head; in the first steps t, (1 + t) / (10 + t).
+    ema_decay: of the head; see `optimizer.moving_average`.
   """
 
   num_epochs: float
@@ -54,11 +58,19 @@ class GateConfig:
   madds_weight: float = 0.5
   madds_unit: float = 1e9
   target_madds: float | None = None
-  price_rate: float = 0.01
+  price_rate: float = 0.1
+  price_damping: float = 4.0
   hard_images: str = 'try_best'
   temperature: float = 1.0
   label_smoothing: float = 0.0
   ema_decay: float = 0.99
+
+  def __post_init__(self):
+    validation.check_range('num_epochs', self.num_epochs, above=0)
+    validation.check_range('temperature', self.temperature, above=0)
+    validation.check_range('madds_unit', self.madds_unit, above=0)
+    validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
+    validation.check_choice('hard_images', self.hard_images, losses.HARD_IMAGES)
 
 
 @flax.struct.dataclass
@@ -117,36 +129,34 @@ class Gate:
     self.mesh = mesh
     self._architecture = models.Architecture(model)
     self._normalize = normalize
-    self._madds = np.asarray(
-      [model.cost(s, image_size).madds for s in model.routing_space]
-    )
+    # Not integers: those of a large network overflow JAX's 32 bits.
+    self._madds = [
+      float(model.cost(s, image_size).madds) for s in model.routing_space
+    ]
     _check_target(config.target_madds, self._madds)
-    self.schedule = optimizer.learning_rate_schedule(
+    self._schedule = optimizer.learning_rate_schedule(
       config.optimizer, num_steps, steps_per_epoch
     )
-    self._optimizer = optimizer.make_optimizer(config.optimizer, self.schedule)
-    self._compile()
-
-  def _compile(self):
+    self._optimizer = optimizer.make_optimizer(config.optimizer, self._schedule)
     self._step = jax.jit(
       self._update_head,
-      out_shardings=mesh.replicated(self.mesh),
+      out_shardings=mesh_lib.replicated(self.mesh),
       donate_argnames='state',
     )
 
   def init(self, variables: models.Variables) -> GateState:
     """Returns the state before the first step."""
-    network = mesh.replicate(self.mesh, variables)
-    head = mesh.replicate(self.mesh, head_of(variables))
+    network = mesh_lib.replicate(self.mesh, variables)
+    head = mesh_lib.replicate(self.mesh, head_of(variables))
     opt_state = jax.jit(
-      self._optimizer.init, out_shardings=mesh.replicated(self.mesh)
+      self._optimizer.init, out_shardings=mesh_lib.replicated(self.mesh)
     )(head)
-    price = mesh.replicate(self.mesh, jnp.float32(0))
+    price = mesh_lib.replicate(self.mesh, jnp.float32(0))
     return GateState(network, head, opt_state, price)
 
   def step(self, state: GateState, batch, step: int):
     """Runs one update; see `Supernet.step`."""
-    batch = mesh.shard_batch(self.mesh, batch)
+    batch = mesh_lib.shard_batch(self.mesh, batch)
     return self._step(state, batch['images'], batch['labels'], jnp.int32(step))
 
   def _update_head(self, state, images, labels, step):
@@ -159,16 +169,22 @@ class Gate:
       gradient, state.opt_state, state.head
     )
     head = optax.apply_updates(state.head, updates)
-    decay = jnp.minimum(self.config.ema_decay, (1 + step) / (10 + step))
-    average = optax.incremental_update(head, head_of(state.network), 1 - decay)
+    average = optimizer.moving_average(
+      head, head_of(state.network), self.config.ema_decay, step
+    )
     state = state.replace(
       network=_with_head(state.network, average),
       head=head,
       opt_state=opt_state,
-      price=self._next_price(state.price, metrics['madds']),
+      price=self._next_price(state.price, metrics['madds'], step),
     )
-    metrics['gradient_norm'] = optax.tree.norm(gradient)
-    return state, {**metrics, 'price': state.price}
+    return state, {
+      **metrics,
+      'price': state.price,
+      'learning_rate': self._schedule(step),
+      'gradient_norm': optax.tree.norm(gradient),
+      'parameter_norm': optax.tree.norm(head),
+    }
 
   def _forward(self, network, images):
     """Returns the trunk's features and all buckets' logits (K, N, C)."""
@@ -184,7 +200,8 @@ class Gate:
     one_hot = losses.straight_through_gumbel(
       key, gate_logits, config.temperature
     )
-    routed = jnp.einsum('nk,knc->nc', one_hot, logits)
+    # In full precision, so that a one-hot picks its logits exactly.
+    routed = jnp.einsum('nk,knc->nc', one_hot, logits, precision='highest')
     correct = (logits.argmax(-1) == labels[None]).T
     targets = losses.sandwich_labels(correct, config.hard_images)
     sandwich = losses.cross_entropy(
@@ -192,27 +209,37 @@ class Gate:
     )
     task = losses.cross_entropy(routed, labels, config.label_smoothing)
     loss = config.sandwich_weight * sandwich + config.routed_weight * task
-    loss += self._madds_term(one_hot, state.price)
     madds = jnp.asarray(self._madds, jnp.float32)
+    argmax_madds = madds[gate_logits.argmax(-1)].mean()
+    loss += self._madds_term(one_hot, state.price, argmax_madds)
     metrics = {
       'loss/sandwich': sandwich,
       'loss/routed': task,
-      'madds': madds[gate_logits.argmax(-1)].mean(),
+      'madds': argmax_madds,
       'easy': (targets == 0).mean(),
     }
     return loss, metrics
 
-  def _madds_term(self, one_hot, price):
-    spent = (one_hot @ jnp.asarray(self._madds, jnp.float32)).mean()
-    if self.config.target_madds is None:
-      return self.config.madds_weight * (spent / self.config.madds_unit) ** 2
+  def _madds_term(self, one_hot, price, argmax_madds):
+    config = self.config
+    madds = jnp.asarray(self._madds, jnp.float32)
+    spent = jnp.dot(one_hot, madds, precision='highest').mean()
+    if config.target_madds is None:
+      return config.madds_weight * (spent / config.madds_unit) ** 2
+    price += config.price_damping * self._excess(argmax_madds)
     return price * spent / self._madds[-1]
 
-  def _next_price(self, price, madds):
-    if self.config.target_madds is None:
+  def _excess(self, madds):
+    return (madds - self.config.target_madds) / self._madds[-1]
+
+  def _next_price(self, price, madds, step):
+    config = self.config
+    if config.target_madds is None:
       return price
-    excess = (madds - self.config.target_madds) / self._madds[-1]
-    return price + self.config.price_rate * excess
+    # As the head slows down, so must the price, or it runs ahead of the
+    # head's answer and the two swing.
+    pace = self._schedule(step) / config.optimizer.learning_rate
+    return price + config.price_rate * pace * self._excess(madds)
 
 
 def head_of(variables: models.Variables) -> models.Arrays:
@@ -228,5 +255,5 @@ def _check_target(target, madds):
   if target is not None and not madds[0] <= target <= madds[-1]:
     raise ValueError(
       f'gate.target_madds={target:g} is out of reach: the buckets cost'
-      f' {madds[0]:,} to {madds[-1]:,} MAdds.'
+      f' {madds[0]:,.0f} to {madds[-1]:,.0f} MAdds.'
     )

@@ -15,8 +15,8 @@ from clu import parameter_overview
 from flax import serialization
 
 from ds_jax import checkpoint, data, evaluate, models
+from ds_jax import mesh as mesh_lib
 from ds_jax.train import experiment as experiments
-from ds_jax.train import mesh as mesh_lib
 from ds_jax.train import metrics as metrics_lib
 
 
@@ -52,7 +52,7 @@ def train(config, workdir: str) -> evaluate.Results:
     What `results.json` holds.
 
   Raises:
-    ValueError: for a config that is wrong, or not the saved run's.
+    ConfigError: for a config that is wrong, or not the saved run's.
     NonFiniteError: if training diverges; the last save is finite.
     Preempted: after SIGTERM, once the state is saved.
   """
@@ -79,10 +79,13 @@ def evaluate_only(config, workdir: str) -> evaluate.Results:
 
   Raises:
     CheckpointError: if there is no intact checkpoint.
-    ValueError: for a config that is wrong, or not the saved run's.
+    ConfigError: for a config that is wrong, or not the saved run's.
   """
-  # A missing checkpoint is an error here, before anything is built or made.
-  checkpoint.restore(checkpoint.directory_of(workdir))
+  directory = checkpoint.directory_of(workdir)
+  if not checkpoint.has_steps(directory):
+    raise checkpoint.CheckpointError(
+      f'No checkpoints in {directory}; train first, or check --workdir.'
+    )
   with Run(config, workdir) as run:
     _, state = run.restore()
     return run.evaluate(state.network)
@@ -92,14 +95,20 @@ class Run:
   """An experiment in a workdir: the parts that `train` is made of."""
 
   def __init__(self, config, workdir: str):
-    """Builds the model and the stages, and opens the workdir."""
-    self._experiment = experiments.Experiment.from_config(config)
-    self._config = json.loads(config.to_json_best_effort())
-    self._workdir = pathlib.Path(workdir).expanduser()
+    """Builds the model and the stages, and opens the workdir.
+
+    Raises:
+      ConfigError: if the parts can't be built.
+    """
     self._mesh = mesh_lib.make_mesh()
-    mesh_lib.check_batch_size(self._mesh, self._experiment.micro_batch_size)
-    self._model = self._experiment.create_model()
-    self.stages = self._experiment.make_stages(self._model, self._mesh)
+    try:
+      self._experiment = experiments.Experiment.from_config(config)
+      mesh_lib.check_batch_size(self._mesh, self._experiment.micro_batch_size)
+      self._model = self._experiment.create_model()
+      self.stages = self._experiment.make_stages(self._model, self._mesh)
+    except ValueError as error:
+      raise experiments.ConfigError(str(error)) from error
+    self._workdir = pathlib.Path(workdir).expanduser()
     self._evaluator = evaluate.Evaluator(
       self._model, self._experiment.normalize, self._mesh
     )
@@ -112,14 +121,15 @@ class Run:
       self._workdir, enabled=jax.process_index() == 0
     )
     self._termination = _TerminationSignal()
+    self._resources = contextlib.ExitStack()
+    self._resources.callback(self._writer.close)
+    self._resources.callback(self._checkpointer.close)
 
   def __enter__(self) -> 'Run':
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self._checkpointer.close()
-    self._writer.close()
-    self._termination.close()
+    self._resources.close()
 
   def overview(self) -> str:
     """Returns the model's parameters as a table."""
@@ -136,8 +146,15 @@ class Run:
     restored = self._checkpointer.restore_latest()
     if restored is None:
       return None
+    if restored.meta['stage'] not in experiments.STAGES:
+      raise experiments.ConfigError(
+        f'{checkpoint.directory_of(self._workdir)} holds a'
+        f' {restored.meta["stage"]} network, not a run; choose a new workdir.'
+      )
     position = Position(**restored.meta['position'])
-    _check_same_config(restored.meta['config'], self._config, position)
+    _check_same_config(
+      restored.meta['config'], dataclasses.asdict(self._experiment), position
+    )
     # `init` makes the structure; every array in it is replaced.
     template = self.stages[position.stage].init(
       models.variables_of(self._model)
@@ -166,7 +183,10 @@ class Run:
     if position.step >= stage.num_steps:
       return state
     progress = _Progress(stage.num_steps, self._experiment.dataset.batch_size)
-    with contextlib.closing(self._train_batches(position)) as batches:
+    with (
+      contextlib.closing(self._train_batches(position)) as batches,
+      self._termination,
+    ):
       for step in range(position.step, stage.num_steps):
         state, scalars = stage.step(state, next(batches), step)
         progress.add(scalars)
@@ -186,13 +206,17 @@ class Run:
     )
     if jax.process_index() == 0:
       path = self._workdir / 'results.json'
-      path.write_text(json.dumps(results, indent=2) + '\n')
+      partial = path.with_suffix('.partial')
+      partial.write_text(json.dumps(results, indent=2) + '\n')
+      partial.replace(path)
       logging.info('Results, also in %s:\n%s', path, evaluate.table(results))
     return results
 
   def _after_step(self, done: Position, state, progress: '_Progress') -> None:
     """Logs, evaluates, saves and stops, each when it is due."""
     experiment = self._experiment
+    # Read once: a signal may come at any moment.
+    stops = self._termination.received
     ends = done.step == self.stages[done.stage].num_steps
     evaluates = experiments.STAGES[done.stage] == 'supernet' and (
       ends or done.step % experiment.eval_every_steps == 0
@@ -201,14 +225,14 @@ class Run:
       ends
       or evaluates
       or done.step % experiment.checkpoint.every_steps == 0
-      or self._termination.received
+      or stops
     )
     if saves or done.step % experiment.log_every_steps == 0:
       self._log(done, progress)
     if saves:
       self._save(done, state, self._ends(done, state) if evaluates else None)
       progress.restart()
-    if self._termination.received:
+    if stops:
       self._checkpointer.wait()
       raise Preempted(
         f'SIGTERM: saved {experiments.STAGES[done.stage]} at step {done.step};'
@@ -243,7 +267,7 @@ class Run:
       {
         'position': dataclasses.asdict(done),
         'stage': experiments.STAGES[done.stage],
-        'config': self._config,
+        'config': dataclasses.asdict(self._experiment),
         **self._experiment.prediction_meta,
       },
       scores,
@@ -312,14 +336,15 @@ class _Progress:
 
 
 class _TerminationSignal:
-  """Notes a SIGTERM, for the loop to act on between steps."""
+  """While it is entered, notes a SIGTERM for the loop to act on."""
 
   def __init__(self):
     self.received = False
+
+  def __enter__(self) -> None:
     self._previous = signal.signal(signal.SIGTERM, self._receive)
 
-  def close(self) -> None:
-    """Restores the handler that was there before."""
+  def __exit__(self, *exc_info) -> None:
     signal.signal(signal.SIGTERM, self._previous)
 
   def _receive(self, signum, frame) -> None:
@@ -327,21 +352,29 @@ class _TerminationSignal:
     self.received = True
 
 
+# Where the images are and how they are read, not what they are.
+_FREE_FIELDS = ('dataset.data_dir', 'dataset.num_threads')
+
+
 def _check_same_config(saved, given, position: Position) -> None:
-  """Raises ValueError where a field that the saved arrays depend on differs.
+  """Raises ConfigError where a field that the saved arrays depend on differs.
 
   Sections of stages that have not begun may still be changed.
   """
   stages_begun = experiments.STAGES[: position.stage + 1]
   sections = ('seed', 'model', 'dataset', *stages_begun)
+  # Tuples become lists, as in the saved one.
+  given = json.loads(json.dumps(given))
   saved, given = _flatten(saved), _flatten(given)
   differences = [
     f'{name} was {saved.get(name)!r} and is {given.get(name)!r}'
     for name in sorted(saved.keys() | given.keys())
-    if name.split('.')[0] in sections and saved.get(name) != given.get(name)
+    if name.split('.')[0] in sections
+    and name not in _FREE_FIELDS
+    and saved.get(name) != given.get(name)
   ]
   if differences:
-    raise ValueError(
+    raise experiments.ConfigError(
       'The workdir holds a run of another config: '
       + '; '.join(differences)
       + '. Restore these values to resume it, or choose a new workdir.'
@@ -355,4 +388,6 @@ def _flatten(config, prefix='') -> dict[str, Any]:
       flat.update(_flatten(value, f'{prefix}{name}.'))
     else:
       flat[prefix + name] = value
+  if 'dataset.name' in flat:  # the kind of idx:DIR
+    flat['dataset.name'] = flat['dataset.name'].partition(':')[0]
   return flat

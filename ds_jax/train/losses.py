@@ -7,6 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ds_jax.train import validation
+
+HARD_IMAGES = ('try_best', 'give_up')
+
 
 def cross_entropy(
   logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
@@ -41,10 +45,7 @@ def sandwich_labels(
   Raises:
     ValueError: for another `hard_images`.
   """
-  if hard_images not in ('try_best', 'give_up'):
-    raise ValueError(
-      f"hard_images={hard_images!r}: expected 'try_best' or 'give_up'."
-    )
+  validation.check_choice('hard_images', hard_images, HARD_IMAGES)
   easy, last = correct[:, 0], correct[:, -1]
   to_first = easy if hard_images == 'try_best' else easy | ~last
   return jnp.where(to_first, 0, correct.shape[1] - 1).astype(jnp.int32)

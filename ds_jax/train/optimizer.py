@@ -3,7 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from ds_jax.train import validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +37,11 @@ class OptimizerConfig:
   clip_norm: float | None = None
 
   def __post_init__(self):
-    if self.name not in ('sgd', 'adamw'):
-      raise ValueError(
-        f"optimizer.name={self.name!r}: expected 'sgd' or 'adamw'."
-      )
+    validation.check_choice('name', self.name, ('sgd', 'adamw'))
+    validation.check_range('learning_rate', self.learning_rate, above=0)
+    validation.check_range('warmup_epochs', self.warmup_epochs, low=0)
+    if self.clip_norm is not None:
+      validation.check_range('clip_norm', self.clip_norm, above=0)
 
 
 def learning_rate_schedule(
@@ -80,6 +84,16 @@ def make_optimizer(
       optax.sgd(schedule, config.momentum or None, nesterov=config.nesterov)
     )
   return optax.chain(*parts)
+
+
+def moving_average(new, old, decay: float, step: jax.Array):
+  """Returns `decay * old + (1 - decay) * new`, leaf by leaf.
+
+  In the first steps t the decay is (1 + t) / (10 + t) where that is less, so
+  that the start is soon forgotten.
+  """
+  decay = jnp.minimum(decay, (1 + step) / (10 + step))
+  return optax.incremental_update(new, old, 1 - decay)
 
 
 def _matrices(params):

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ds_jax import mesh as mesh_lib
 from ds_jax import models
-from ds_jax.train import losses, mesh, optimizer
+from ds_jax.train import losses, optimizer, validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,11 @@ class SupernetConfig:
     optimizer: see `OptimizerConfig`.
     num_random: random sub-networks a step, beside the widest and narrowest.
     ensemble: whether the narrowest learns from an ensemble (IEB, not IB).
-    ema_decay: of parameters and statistics; in the first steps t the decay is
-      (1 + t) / (10 + t) where that is less.
+    ema_decay: of parameters and statistics; see `optimizer.moving_average`.
     label_smoothing: of the widest's loss.
     momentum: the batch's share in the running statistics.
-    accumulation_steps: micro-batches that a batch is split into.
+    accumulation_steps: micro-batches that a batch is split into. (The other
+      stages keep no activations for a backward pass, and don't split.)
   """
 
   num_epochs: float
@@ -45,6 +46,13 @@ class SupernetConfig:
   label_smoothing: float = 0.1
   momentum: float = 0.1
   accumulation_steps: int = 1
+
+  def __post_init__(self):
+    validation.check_range('num_epochs', self.num_epochs, above=0)
+    validation.check_range('num_random', self.num_random, low=0)
+    validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
+    validation.check_range('momentum', self.momentum, above=0, high=1)
+    validation.check_range('accumulation_steps', self.accumulation_steps, low=1)
 
 
 @flax.struct.dataclass
@@ -107,14 +115,16 @@ class Supernet:
         f'supernet.num_random={config.num_random}, but the model has only'
         f' {len(self._between)} sub-networks between narrowest and widest.'
       )
-    self.schedule = optimizer.learning_rate_schedule(
+    self._schedule = optimizer.learning_rate_schedule(
       config.optimizer, num_steps, steps_per_epoch
     )
-    self._optimizer = optimizer.make_optimizer(config.optimizer, self.schedule)
+    self._optimizer = optimizer.make_optimizer(config.optimizer, self._schedule)
     self._compile()
 
   def _compile(self):
-    jit = functools.partial(jax.jit, out_shardings=mesh.replicated(self.mesh))
+    jit = functools.partial(
+      jax.jit, out_shardings=mesh_lib.replicated(self.mesh)
+    )
     # Teachers' outputs stay split along the batch, like the images.
     self._teach = jax.jit(self._soft_targets, static_argnames='subnet')
     self._widest_gradient = jit(self._widest_pass)
@@ -127,11 +137,11 @@ class Supernet:
 
   def init(self, variables: models.Variables) -> SupernetState:
     """Returns the state before the first step."""
-    variables = mesh.replicate(self.mesh, variables)
+    variables = mesh_lib.replicate(self.mesh, variables)
     opt_state = jax.jit(
-      self._optimizer.init, out_shardings=mesh.replicated(self.mesh)
+      self._optimizer.init, out_shardings=mesh_lib.replicated(self.mesh)
     )(variables.params)
-    network = mesh.replicate(self.mesh, variables)
+    network = mesh_lib.replicate(self.mesh, variables)
     return SupernetState(variables, network, opt_state)
 
   def step(self, state: SupernetState, batch, step: int):
@@ -147,12 +157,13 @@ class Supernet:
     """
     subnets = self.draw(step)
     micro_batches = self.config.accumulation_steps
+    parts = {k: np.split(v, micro_batches) for k, v in batch.items()}
     gradient = None
     batch_stats = state.variables.batch_stats
     all_metrics = []
     for i in range(micro_batches):
-      part = {k: np.split(v, micro_batches)[i] for k, v in batch.items()}
-      part = mesh.shard_batch(self.mesh, part)
+      part = {name: array[i] for name, array in parts.items()}
+      part = mesh_lib.shard_batch(self.mesh, part)
       variables = state.variables.replace(batch_stats=batch_stats)
       key = jax.random.fold_in(
         jax.random.key(self.seed), step * micro_batches + i
@@ -161,13 +172,15 @@ class Supernet:
         variables, state.network, part, subnets, key, gradient
       )
       all_metrics.append(metrics)
-    state, norm = self._update(
+    state, update_metrics = self._update(
       state.replace(variables=state.variables.replace(batch_stats=batch_stats)),
       gradient,
       jnp.int32(step),
     )
-    metrics = jax.tree.map(lambda *m: sum(m) / micro_batches, *all_metrics)
-    return state, {**metrics, 'gradient_norm': norm}
+    metrics = all_metrics[0]
+    if micro_batches > 1:
+      metrics = jax.tree.map(lambda *m: sum(m) / micro_batches, *all_metrics)
+    return state, {**metrics, **update_metrics}
 
   def draw(self, step: int) -> list[models.Subnet]:
     """Returns the step's random sub-networks, the same on every process."""
@@ -186,7 +199,7 @@ class Supernet:
       batch: sharded `images` and `labels`.
       subnets: the random sub-networks, in the order in which they run.
       key: for dropout.
-      gradient: what to add to, donated; None means zero.
+      gradient: what to add to; None means zero.
 
     Returns:
       The gradient, the batch statistics after all passes, and the losses.
@@ -259,8 +272,12 @@ class Supernet:
     variables = state.variables.replace(
       params=optax.apply_updates(params, updates)
     )
-    decay = jnp.minimum(self.config.ema_decay, (1 + step) / (10 + step))
-    network = optax.incremental_update(variables, state.network, 1 - decay)
-    return SupernetState(variables, network, opt_state), optax.tree.norm(
-      gradient
+    network = optimizer.moving_average(
+      variables, state.network, self.config.ema_decay, step
     )
+    metrics = {
+      'learning_rate': self._schedule(step),
+      'gradient_norm': optax.tree.norm(gradient),
+      'parameter_norm': optax.tree.norm(variables.params),
+    }
+    return SupernetState(variables, network, opt_state), metrics

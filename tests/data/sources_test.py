@@ -182,7 +182,7 @@ class TfdsTest(parameterized.TestCase):
       f'{self.data_dir}/{name}',
       f'tfds build {name} --file_format=array_record'
       f' --data_dir={self.data_dir}',
-      'ds_jax[tf]',
+      '.[tf]',
       '--config.dataset.name=digits',
       'configs/ds_digits.py',
       *parts,

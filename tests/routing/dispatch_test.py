@@ -117,7 +117,9 @@ class TilePlanTest(parameterized.TestCase):
     )
     assert len(plan.tile_buckets) == expected
 
-  @parameterized.parameters((64, 4, 4), (256, 4, 16), (1, 4, 1), (10, 14, 1))
+  @parameterized.parameters(
+    (64, 4, 4), (256, 4, 16), (1, 4, 1), (3, 4, 2), (64, 14, 4)
+  )
   def test_default_tile_size(self, batch_size, num_buckets, expected):
     assert dispatch.default_tile_size(batch_size, num_buckets) == expected
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
+from ds_jax import mesh as meshes
 from ds_jax import models
 from ds_jax.train import calibrate
-from ds_jax.train import mesh as meshes
 
 NUM_BATCHES = 3
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from ds_jax import mesh as meshes
 from ds_jax import models
 from ds_jax.train import calibrate, gate, optimizer, supernet
-from ds_jax.train import mesh as meshes
 
 BATCH_SIZE, NUM_STEPS = 16, 3
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from ds_jax import mesh as meshes
 from ds_jax import models
 from ds_jax.train import gate, optimizer
-from ds_jax.train import mesh as meshes
 
 SEED = 3
 NUM_IMAGES, NUM_BUCKETS, REDUCED = 8, 3, 2
@@ -200,6 +200,9 @@ class LossTestCase(GateTestCase):
       'madds': self.madds[logits.argmax(-1)].mean(),
       'easy': (targets == 0).mean(),
       'gradient_norm': np.sqrt((gradient**2).sum()),
+      'parameter_norm': np.sqrt((np.asarray(new.head[HEAD]) ** 2).sum()),
+      # A cosine over ten steps, from 1.
+      'learning_rate': (1 + np.cos(np.pi * step / 10)) / 2,
       'price': new.price,
     }
     assert metrics.keys() == expected.keys()
@@ -278,12 +281,13 @@ class SquaredMaddsTest(LossTestCase):
 class TargetTest(LossTestCase):
   """With a target: price * mean MAdds / the widest bucket's."""
 
-  TARGET, RATE = 4e3, 0.05
+  TARGET, RATE, DAMPING = 4e3, 0.05, 2.0
   config = dict(
     sandwich_weight=2.0,
     routed_weight=3.0,
     target_madds=TARGET,
     price_rate=RATE,
+    price_damping=DAMPING,
     hard_images='give_up',
     temperature=TEMPERATURE,
     label_smoothing=SMOOTHING,
@@ -291,10 +295,16 @@ class TargetTest(LossTestCase):
 
   @parameterized.parameters(0.0, 4.0, -3.0)
   def test_head_moves_by_the_gradient_of_the_stated_loss(self, price):
-    def madds_term(spent):
-      return price * spent / self.madds[-1]
-
     state = self.init().replace(price=jnp.float32(price))
+    logits = self.reduced @ np.asarray(state.head[HEAD], np.float64)
+    argmax_madds = self.madds[logits.argmax(-1)].mean()
+    damped = (
+      price + self.DAMPING * (argmax_madds - self.TARGET) / self.madds[-1]
+    )
+
+    def madds_term(spent):
+      return damped * spent / self.madds[-1]
+
     _, metrics = self.check_step(0, madds_term, state, 0)
     excess = (float(metrics['madds']) - self.TARGET) / self.madds[-1]
     expected = price + self.RATE * excess

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from ds_jax import mesh as meshes
 from ds_jax import models
 from ds_jax.train import losses, optimizer, supernet
-from ds_jax.train import mesh as meshes
 
 SEED = 3
 LEARNING_RATE = 0.1
