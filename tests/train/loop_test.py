@@ -78,7 +78,7 @@ class _Command:
       text=True,
     )
 
-  def wait_for(self, stage, count, timeout=200):
+  def wait_for(self, stage, count, timeout=500):
     """Returns once this process wrote `count` rows of a stage."""
     before = len(_rows(self.workdir))
     end = time.monotonic() + timeout
@@ -91,7 +91,7 @@ class _Command:
     raise AssertionError(f'No {count} steps of {stage} in {timeout} s.')
 
   def finish(self):
-    output, _ = self.process.communicate(timeout=200)
+    output, _ = self.process.communicate(timeout=500)
     return self.process.returncode, output
 
 
