@@ -1,7 +1,12 @@
-"""DS-MobileNet on scikit-learn's digits, both stages.
+"""DS-MobileNet on scikit-learn's digits, both stages: a run of minutes.
 
-python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
+    python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 
+Time: 2 minutes on 2 CPU cores, most of it compilation. Expected: 99.2 to 99.7
+top-1 from the narrowest to the widest bucket; routed 99.2 at 62% of the MAdds
+of the widest (2026-11-24, seed 0, this command). So few of the images need a
+wider bucket that the gate has nothing to learn here: this run shows that all
+parts work; `ds_mobilenet_fashion_mnist.py` shows what a gate is good for.
 """
 
 import ml_collections

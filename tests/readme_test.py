@@ -62,6 +62,10 @@ def test_commands_name_modules_and_files_that_exist():
         assert module.exists(), word
 
 
+def test_nothing_is_left_to_fill_in():
+  assert not re.search(r'@[A-Z]+@|TODO|TBD', _README)
+
+
 def test_summary_command(capsys):
   (command,) = [c for c in _commands() if 'ds_jax.summary' in c]
   summary.main(shlex.split(command)[3:])
