@@ -3,8 +3,10 @@
 That the weights mean the same here is held by golden_test.
 """
 
+import argparse
 import importlib.util
 import pathlib
+import tempfile
 
 import numpy as np
 import pytest
@@ -176,7 +178,7 @@ class CommandTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.torch = pytest.importorskip('torch')
-    self.folder = pathlib.Path(self.create_tempdir().full_path)
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
   def release_state(self):
     """A state with the release's names and shapes, and random weights."""
@@ -195,7 +197,12 @@ class CommandTest(parameterized.TestCase):
   def test_a_file_becomes_a_checkpoint_that_predicts(self):
     state = self.release_state()
     path = self.folder / 'DS_MBNet-70_1.pth.tar'
-    self.torch.save({'epoch': 1, 'state_dict': state}, path)
+    content = {
+      'epoch': 1,
+      'args': argparse.Namespace(lr=0.1),
+      'state_dict': state,
+    }
+    self.torch.save(content, path)
     output = self.folder / 'run'
     convert.main([f'--input={path}', f'--output={output}'])
     predictor = ds_jax.Predictor.restore(output)
