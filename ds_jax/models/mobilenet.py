@@ -154,36 +154,43 @@ class MobileNet(nnx.Module):
     self.dtype = dtype
     self.routing_space, self.widest = _routing_space(stem, stages, gate_stage)
     self.narrowest = self.routing_space[0]
-    # The trunk tells apart two sub-networks, the rest tells apart all.
-    routed = self.widest in self.routing_space
-    trunk_rows = 1 if routed else 2
-    branch_rows = self.widest.index + 1
+    # The trunk tells apart two sub-networks at most, the rest tells apart all.
+    self._trunk_rows = 1 if self.widest in self.routing_space else 2
+    self._branch_rows = self.widest.index + 1
 
     self.stem = nn.SlicedConv(
       3, stem.widths[-1], _KERNEL_SIZE, stride=_STEM_STRIDE, rngs=rngs
     )
-    self.stem_norm = nn.SlicedBatchNorm(stem.widths[-1], trunk_rows)
-    self.stages = nnx.List([])
-    width_in = stem.widths[-1]
-    for i, spec in enumerate(stages):
-      blocks = nnx.List([])
-      for j in range(spec.depth):
-        gated = i == gate_stage and j == 0
-        blocks.append(
-          SeparableBlock(
-            width_in,
-            spec.widths[-1],
-            stride=spec.stride if j == 0 else 1,
-            rows_in=trunk_rows if i < gate_stage or gated else branch_rows,
-            rows=trunk_rows if i < gate_stage else branch_rows,
-            num_buckets=len(self.routing_space) if gated else None,
-            reduced=self._reduced_width(i, j, width_in),
-            rngs=rngs,
-          )
-        )
-        width_in = spec.widths[-1]
-      self.stages.append(blocks)
-    self.classifier = nn.SlicedDense(width_in, num_classes, rngs=rngs)
+    self.stem_norm = nn.SlicedBatchNorm(stem.widths[-1], self._trunk_rows)
+    self.stages = nnx.List(
+      [self._make_stage(i, rngs) for i in range(len(stages))]
+    )
+    self.classifier = nn.SlicedDense(
+      stages[-1].widths[-1], num_classes, rngs=rngs
+    )
+
+  def _make_stage(self, stage: int, rngs: nnx.Rngs) -> nnx.List:
+    """Makes a stage's full-size blocks."""
+    # `specs` starts with the stem, so a stage's input is at its own index.
+    width_in, spec = self.specs[stage].widths[-1], self.specs[stage + 1]
+    in_trunk = stage < self.gate_stage
+    rows = self._trunk_rows if in_trunk else self._branch_rows
+    blocks = nnx.List([])
+    for j in range(spec.depth):
+      gated = (stage, j) == (self.gate_stage, 0)
+      block = SeparableBlock(
+        width_in,
+        spec.widths[-1],
+        stride=spec.stride if j == 0 else 1,
+        rows_in=self._trunk_rows if gated else rows,
+        rows=rows,
+        num_buckets=len(self.routing_space) if gated else None,
+        reduced=self._reduced_width(stage, j, width_in),
+        rngs=rngs,
+      )
+      blocks.append(block)
+      width_in = spec.widths[-1]
+    return blocks
 
   def __call__(
     self,
