@@ -61,7 +61,7 @@ def make_batch():
   return {'images': images, 'labels': labels}
 
 
-def make_stage(model, **config):
+def make_stage(model, image_size=8, **config):
   config = gate.GateConfig(
     num_epochs=1,
     optimizer=optimizer.OptimizerConfig(learning_rate=1.0, momentum=0.0),
@@ -71,7 +71,7 @@ def make_stage(model, **config):
     config,
     model,
     normalize,
-    image_size=8,
+    image_size=image_size,
     num_steps=10,
     steps_per_epoch=10,
     seed=SEED,
@@ -321,6 +321,19 @@ class TargetTest(LossTestCase):
     excess = (self.madds[bucket] - self.TARGET) / self.madds[-1]
     np.testing.assert_allclose(state.price, self.RATE * excess, rtol=1e-5)
     assert (state.price > 0) == (bucket > 0)
+
+
+class LargeTest(parameterized.TestCase):
+  def test_madds_beyond_32_bits_move_the_price_the_right_way(self):
+    model, image_size = create_model(), 2**14
+    madds = [model.cost(s, image_size).madds for s in model.routing_space]
+    assert madds[0] > 2**31
+    target = (madds[0] + madds[-1]) / 2
+    stage = make_stage(model, image_size, target_madds=target, price_rate=1.0)
+    for spent in madds:
+      price = stage._next_price(jnp.float32(0), jnp.float32(spent), 0)
+      expected = (spent - target) / madds[-1]
+      np.testing.assert_allclose(price, expected, rtol=1e-4)
 
 
 class BfloatTest(GateTestCase):
