@@ -6,8 +6,8 @@
 DIR holds the four IDX files; on Debian the package `dataset-fashion-mnist`
 installs them in the folder that is the default here. Time: 30 minutes on 2 CPU
 cores. Expected: 89.9 to 91.7 top-1 from the narrowest to the widest bucket;
-routed 91.5 at 62% of the MAdds of the widest (2026-11-24, seed 0, this
-command).
+routed 91.5 at 62% of the MAdds of the widest (2026-11-24, seed 0; the gate's
+figures from a run resumed at the end of Stage I).
 """
 
 import ml_collections
