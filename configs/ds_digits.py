@@ -20,6 +20,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = dict(
     name='ds_mobilenet_tiny', num_classes=10, dropout_rate=0.0, dtype='float32'
   )
+  config.init = dict(
+    checkpoint=config_dict.placeholder(str),  # a workdir or a weights file
+    sort_channels=config_dict.placeholder(str),
+  )
   config.dataset = dict(
     name='digits',
     data_dir='',  # of TFDS copies; the embedded data need none
@@ -34,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_epochs=8.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
+    multi_view=False,  # teacher and students see different views
     optimizer=dict(
       name='sgd',
       learning_rate=0.1,

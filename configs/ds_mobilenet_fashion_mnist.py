@@ -21,6 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = dict(
     name='ds_mobilenet_tiny', num_classes=10, dropout_rate=0.0, dtype='float32'
   )
+  config.init = dict(
+    checkpoint=config_dict.placeholder(str),  # a workdir or a weights file
+    sort_channels=config_dict.placeholder(str),
+  )
   config.dataset = dict(
     name='idx:/usr/share/datasets/fashion-mnist',
     data_dir='',  # of TFDS copies; idx:DIR has its own
@@ -35,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_epochs=12.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
+    multi_view=False,  # teacher and students see different views
     optimizer=dict(
       name='sgd',
       learning_rate=0.2,

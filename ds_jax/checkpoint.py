@@ -164,6 +164,11 @@ def has_steps(directory: str) -> bool:
   return bool(_steps(_absolute(directory)))
 
 
+def is_workdir(path: str) -> bool:
+  """Whether a path is the workdir of a run or a conversion."""
+  return _absolute(directory_of(path)).is_dir()
+
+
 def restore(directory: str, step: int | None = None) -> Restored:
   """Restores without writing: the directory may be read-only.
 

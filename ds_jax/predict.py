@@ -93,7 +93,9 @@ class Predictor:
     meta = restored.meta
     model = models.create_abstract_model(**meta['model'])
     return cls(
-      models.Architecture(model).bind(_variables(restored.tree['network'])),
+      models.Architecture(model).bind(
+        models.variables_from(restored.tree['network'])
+      ),
       image_size=meta['image_size'],
       mean=meta['mean'],
       std=meta['std'],
@@ -181,12 +183,3 @@ def _route(architecture, normalize, variables, images):
 
 def _run(architecture, normalize, variables, images, subnet):
   return architecture.bind(variables)(normalize(images), subnet)
-
-
-def _variables(network) -> models.Variables:
-  return models.Variables(
-    **{
-      kind: {path: jnp.asarray(x) for path, x in arrays.items()}
-      for kind, arrays in network.items()
-    }
-  )

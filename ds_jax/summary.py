@@ -1,4 +1,4 @@
-"""A table of a model's sub-networks: widths, MAdds, parameters.
+"""A table of a model's sub-networks: slices, MAdds, parameters.
 
 python -m ds_jax.summary ds_mobilenet --image_size=224
 """
@@ -17,7 +17,7 @@ def rows(model, image_size: int) -> list[dict]:
     table.append(
       {
         'index': subnet.index,
-        'widths': list(subnet.widths),
+        'slices': [str(s) for s in (subnet.stem, *subnet.stages)],
         'madds': cost.madds,
         'params': cost.params,
       }
@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
   print(
     f'{arguments.model}, {image_size} pixels, {arguments.num_classes} classes'
   )
-  print(f'{"index":>5} {"MAdds":>15} {"parameters":>12}  widths')
+  print(f'{"index":>5} {"MAdds":>15} {"parameters":>12}  stem and stages')
   for row in table:
-    widths = ' '.join(map(str, row['widths']))
+    slices = ' | '.join(row['slices'])
     print(
-      f'{row["index"]:>5} {row["madds"]:>15,} {row["params"]:>12,}  {widths}'
+      f'{row["index"]:>5} {row["madds"]:>15,} {row["params"]:>12,}  {slices}'
     )
 
 

@@ -1,7 +1,9 @@
 """Every config is read, fits its model and says how it is run."""
 
 import ast
+import functools
 import importlib.util
+import inspect
 import pathlib
 
 import jax
@@ -14,16 +16,26 @@ from ds_jax.train import gate
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
 
-def _get_config(path):
+def _load(path):
   spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config()
+  return module
 
 
-@pytest.mark.parametrize('path', _CONFIGS, ids=lambda path: path.stem)
-def test_config_is_read_and_fits_its_model(path):
-  experiment = experiments.Experiment.from_config(_get_config(path))
+def _variants():
+  """Every config, and the other data set of those that take one."""
+  for path in _CONFIGS:
+    get_config = _load(path).get_config
+    yield pytest.param(get_config, id=path.stem)
+    if inspect.signature(get_config).parameters:
+      other = functools.partial(get_config, 'cifar100')
+      yield pytest.param(other, id=f'{path.stem}:cifar100')
+
+
+@pytest.mark.parametrize('get_config', [*_variants()])
+def test_config_is_read_and_fits_its_model(get_config):
+  experiment = experiments.Experiment.from_config(get_config())
   model = models.create_abstract_model(**experiment.model)
   # The gate refuses a target that its buckets can't meet.
   gate.Gate(

@@ -15,11 +15,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from ds_jax.data import sources, transforms
+from ds_jax.data import augment, sources, transforms
 
 Batch = dict[str, np.ndarray]
 
 _CROPS = (None, 'pad', 'resized')
+# What a batch calls the first and the second view.
+_VIEWS = {1: ('images',), 2: ('images', 'teacher_images')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,11 @@ class DataConfig:
     crop_ratio: share of the short side that evaluation keeps of an image
       that has to be resized; 0.875 is usual for ImageNet.
     flip: whether training mirrors half of the images.
+    randaugment_layers: operations of `rand_augment` on a training image; 0 is
+      off, 2 is usual.
+    randaugment_magnitude: of those, 0 .. 10.
+    color_jitter: range of training's `color_jitter` about 1; 0 is off.
+    erasing_probability: of `random_erasing` in training; 0 is off.
     num_threads: that prepare batches; 0 reads when asked, in the caller's.
       Decoding large images gains from one a core. Small images in memory are
       fastest with 1: more of them only wait for Python's global lock.
@@ -52,6 +59,10 @@ class DataConfig:
   crop_scale: tuple[float, float] = (0.08, 1.0)
   crop_ratio: float = 1.0
   flip: bool = True
+  randaugment_layers: int = 0
+  randaugment_magnitude: float = 9.0
+  color_jitter: float = 0.0
+  erasing_probability: float = 0.0
   num_threads: int = 2
 
   def __post_init__(self):
@@ -64,6 +75,10 @@ class DataConfig:
       'crop_padding': self.crop_padding >= 0,
       'crop_scale': 0 < low <= high <= 1,
       'crop_ratio': 0 < self.crop_ratio <= 1,
+      'randaugment_layers': self.randaugment_layers >= 0,
+      'randaugment_magnitude': 0 <= self.randaugment_magnitude <= 10,
+      'color_jitter': 0 <= self.color_jitter <= 1,
+      'erasing_probability': 0 <= self.erasing_probability <= 1,
       'num_threads': self.num_threads >= 0,
     }
     for option, fits in limits.items():
@@ -81,6 +96,7 @@ def train_batches(
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  num_views: int = 1,
 ) -> Iterator[Batch]:
   """Endless shuffled, augmented batches; every epoch has a new order.
 
@@ -94,15 +110,20 @@ def train_batches(
     process_index: this process reads images i, i + process_count, ... of the
       global batch.
     process_count: how many processes share a batch.
+    num_views: 1, or 2 for multi-view consistency: every image is augmented
+      twice, independently. The first view is the same with either.
 
   Returns:
     An iterator over {'images': uint8 (N, S, S, 3), 'labels': int32 (N,)}, N =
-    batch_size / process_count. Its `close()` stops the threads.
+    batch_size / process_count; of two views, the second is 'teacher_images',
+    uint8 (N, S, S, 3). Its `close()` stops the threads.
 
   Raises:
     ValueError: if the batch does not divide among the processes, or is larger
-      than the train split.
+      than the train split, or if num_views is neither 1 nor 2.
   """
+  if num_views not in _VIEWS:
+    raise ValueError(f'num_views {num_views!r} is neither 1 nor 2.')
   source = sources.load_source(config.name, 'train', config.data_dir)
   local_size = _local_batch_size(config, process_index, process_count)
   if config.batch_size > len(source):
@@ -117,7 +138,9 @@ def train_batches(
     grain.MapDataset.source(source)
     .shuffle(seed=mixed_seed)
     .repeat()
-    .random_map(functools.partial(_augment, config), seed=mixed_seed)
+    .random_map(
+      functools.partial(_augmented_example, config, num_views), seed=mixed_seed
+    )
   )
   # Sliced after repeating and mapping, so that the global batch and its random
   # numbers are the same for any number of processes.
@@ -192,24 +215,48 @@ def _local_batch_size(
   return config.batch_size // process_count
 
 
-def _augment(
-  config: DataConfig, example: sources.Example, rng: np.random.Generator
+def _augmented_example(
+  config: DataConfig,
+  num_views: int,
+  example: sources.Example,
+  rng: np.random.Generator,
 ) -> dict[str, Any]:
   """One training example, named as in a batch."""
-  image = example['image']
-  if config.crop == 'resized':
-    image = transforms.random_resized_crop(
-      image, rng, config.image_size, config.crop_scale
-    )
-  else:
-    image = transforms.for_evaluation(
-      image, config.image_size, config.crop_ratio
-    )
-  if config.crop == 'pad':
-    image = transforms.random_crop(image, rng, config.crop_padding)
+  views = {
+    name: _augment(config, example['image'], rng) for name in _VIEWS[num_views]
+  }
+  return {**views, 'labels': np.int32(example['label'])}
+
+
+def _augment(
+  config: DataConfig, image: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+  """One view of a training image; what is off draws nothing."""
+  image = _crop(config, image, rng)
   if config.flip:
     image = transforms.random_flip(image, rng)
-  return {'images': image, 'labels': np.int32(example['label'])}
+  if config.randaugment_layers:
+    image = augment.rand_augment(
+      image, rng, config.randaugment_layers, config.randaugment_magnitude
+    )
+  if config.color_jitter:
+    image = augment.color_jitter(image, rng, config.color_jitter)
+  if config.erasing_probability:
+    image = augment.random_erasing(image, rng, config.erasing_probability)
+  return image
+
+
+def _crop(
+  config: DataConfig, image: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+  """Brings a training image to size by the configured crop."""
+  size = config.image_size
+  if config.crop == 'resized':
+    return transforms.random_resized_crop(image, rng, size, config.crop_scale)
+  image = transforms.for_evaluation(image, size, config.crop_ratio)
+  if config.crop == 'pad':
+    image = transforms.random_crop(image, rng, config.crop_padding)
+  return image
 
 
 def _masked_batch(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-_RESIZED_CROP_TRIES = 10
+_BOX_TRIES = 10
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -124,6 +124,38 @@ def random_resized_crop(
   return resize(image[top : top + height, left : left + width], size, size)
 
 
+def random_box(
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+) -> tuple[int, int, int, int] | None:
+  """Draws a box inside an image: its area, its shape, then its place.
+
+  Args:
+    height: H.
+    width: W.
+    rng: gives the box.
+    scale: range of the box's share of the image's area, drawn uniformly.
+    ratio: range of the box's width / height, drawn log-uniformly.
+
+  Returns:
+    (top, left, height, width) in pixels, or None if none of ten fitted.
+  """
+  log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+  for _ in range(_BOX_TRIES):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(*log_ratio))
+    box_width = round(math.sqrt(area * aspect))
+    box_height = round(math.sqrt(area / aspect))
+    if 0 < box_width <= width and 0 < box_height <= height:
+      top = int(rng.integers(height - box_height + 1))
+      left = int(rng.integers(width - box_width + 1))
+      return top, left, box_height, box_width
+  return None
+
+
 def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Mirrors left and right for half of the images.
 
@@ -163,16 +195,9 @@ def _resized_crop_box(
   ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
   """Draws (top, left, height, width) of a crop inside the image."""
-  log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
-  for _ in range(_RESIZED_CROP_TRIES):
-    area = height * width * rng.uniform(*scale)
-    aspect = math.exp(rng.uniform(*log_ratio))
-    crop_width = round(math.sqrt(area * aspect))
-    crop_height = round(math.sqrt(area / aspect))
-    if 0 < crop_width <= width and 0 < crop_height <= height:
-      top = int(rng.integers(height - crop_height + 1))
-      left = int(rng.integers(width - crop_width + 1))
-      return top, left, crop_height, crop_width
+  box = random_box(height, width, rng, scale, ratio)
+  if box is not None:
+    return box
   # No crop fitted, so the image is long and narrow: the largest centred one
   # whose ratio is allowed.
   crop_width = min(width, round(height * ratio[1]))

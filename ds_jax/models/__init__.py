@@ -14,25 +14,36 @@ from ds_jax.models.functional import (
   Architecture,
   Arrays,
   Variables,
+  is_slimming,
+  variables_from,
   variables_of,
 )
 from ds_jax.models.mobilenet import MobileNet, StageSpec
+from ds_jax.models.resnet import BottleneckStage, ResNet, Stem
 from ds_jax.models.subnet import Cost, StageSlice, Subnet
+from ds_jax.models.vit import BlockStage, VisionTransformer
 
 __all__ = [
   'Architecture',
   'Arrays',
+  'BlockStage',
+  'BottleneckStage',
   'Cost',
   'MobileNet',
+  'ResNet',
   'StageSlice',
   'StageSpec',
+  'Stem',
   'Subnet',
   'Variables',
+  'VisionTransformer',
   'create_abstract_model',
   'create_model',
   'image_size',
+  'is_slimming',
   'list_models',
   'sub_networks',
+  'variables_from',
   'variables_of',
 ]
 
@@ -52,6 +63,32 @@ _FAMILIES = {
       gate_stage=3,
     ),
   ),
+  # The same widths. The last stage's kernels grow first: they see 7 x 7 pixels
+  # and cost least.
+  'ds_mobilenet_pp': (
+    MobileNet,
+    dict(
+      stem_widths=(16, 24),
+      stages=(
+        dict(widths=(32, 88), kernels=(3, 5)),
+        dict(widths=(48, 168), kernels=(3, 5), depth=2, stride=2),
+        dict(widths=(96, 264), kernels=(3, 5), depth=2, stride=2),
+        dict(
+          widths=tuple(range(224, 641, 32)),
+          kernels=(3,) * 8 + (5,) * 6,
+          depth=6,
+          stride=2,
+        ),
+        dict(
+          widths=tuple(range(736, 1153, 32)),
+          kernels=(3,) * 4 + (5,) * 10,
+          depth=2,
+          stride=2,
+        ),
+      ),
+      gate_stage=3,
+    ),
+  ),
   # For images of about 32 pixels; the widest network is the last bucket.
   'ds_mobilenet_tiny': (
     MobileNet,
@@ -67,9 +104,147 @@ _FAMILIES = {
       gate_width=64,
     ),
   ),
+  'ds_resnet50': (
+    ResNet,
+    dict(
+      stem=dict(widths=(32, 64)),
+      stages=(
+        dict(widths=(128, 256), inner=(32, 64), depths=(3,)),
+        dict(
+          widths=(256, 256, 384, 384, 512, 512),
+          inner=(64, 96, 112, 128, 128, 128),
+          depths=(4,),
+          stride=2,
+        ),
+        dict(
+          widths=(640, 640, 768, 896, 896, 1024),
+          inner=(160, 192, 192, 224, 256, 256),
+          depths=(4, 5, 6, 6, 6, 6),
+          stride=2,
+        ),
+        dict(
+          widths=(1280, 1536, 1792, 1792, 2048, 2048),
+          inner=(320, 384, 384, 448, 448, 512),
+          depths=(3,),
+          stride=2,
+        ),
+      ),
+      gate_stage=1,
+    ),
+  ),
+  # For images of about 32 pixels; the widest network is the last bucket.
+  'ds_resnet26_cifar': (
+    ResNet,
+    dict(
+      stem=dict(widths=(32,), kernel_size=3, stride=1, pool=False),
+      stages=(
+        dict(widths=(64,), inner=(16,), depths=(1,)),
+        dict(
+          widths=(48, 80, 112, 128),
+          inner=(12, 20, 28, 32),
+          depths=(1, 2, 3, 3),
+          stride=2,
+        ),
+        dict(
+          widths=(64, 128, 192, 256),
+          inner=(16, 32, 48, 64),
+          depths=(1, 2, 2, 2),
+          stride=2,
+        ),
+        dict(
+          widths=(128, 256, 384, 512),
+          inner=(32, 64, 96, 128),
+          depths=(1, 1, 2, 2),
+          stride=2,
+        ),
+      ),
+      gate_stage=1,
+    ),
+  ),
+  'ds_vit_s16': (
+    VisionTransformer,
+    dict(
+      image_size=224,
+      patch_size=16,
+      stages=(
+        dict(widths=(384,), heads=(6,), hidden=(1536,), depths=(2,)),
+        dict(
+          widths=(192, 192, 256, 256, 320, 384),
+          heads=(3, 3, 4, 5, 6, 6),
+          hidden=(384, 768, 1024, 1152, 1280, 1536),
+          depths=(3, 4, 5, 5, 5, 5),
+        ),
+        dict(
+          widths=(192, 256, 256, 320, 384, 384),
+          heads=(3, 4, 4, 5, 6, 6),
+          hidden=(384, 768, 1024, 1152, 1280, 1536),
+          depths=(3, 4, 4, 5, 5, 5),
+        ),
+      ),
+      gate_stage=1,
+    ),
+  ),
+  'ds_vit_ti16': (
+    VisionTransformer,
+    dict(
+      image_size=224,
+      patch_size=16,
+      stages=(
+        dict(widths=(192,), heads=(3,), hidden=(768,), depths=(2,)),
+        dict(
+          widths=(96, 128, 160, 192),
+          heads=(1, 2, 3, 3),
+          hidden=(192, 384, 640, 768),
+          depths=(3, 4, 5, 5),
+        ),
+        dict(
+          widths=(96, 128, 160, 192),
+          heads=(1, 2, 3, 3),
+          hidden=(192, 384, 640, 768),
+          depths=(3, 4, 5, 5),
+        ),
+      ),
+      gate_stage=1,
+    ),
+  ),
+  # For images of about 32 pixels.
+  'ds_vit_cifar': (
+    VisionTransformer,
+    dict(
+      image_size=32,
+      patch_size=4,
+      head_dim=32,
+      pooling='mean',
+      stages=(
+        dict(widths=(96,), heads=(3,), hidden=(192,), depths=(1,)),
+        dict(
+          widths=(48, 64, 80, 96),
+          heads=(1, 2, 3, 3),
+          hidden=(48, 96, 144, 192),
+          depths=(2, 2, 3, 3),
+        ),
+        dict(
+          widths=(48, 64, 80, 96),
+          heads=(1, 2, 3, 3),
+          hidden=(48, 96, 144, 192),
+          depths=(1, 2, 2, 3),
+        ),
+      ),
+      gate_stage=1,
+    ),
+  ),
 }
 
-_IMAGE_SIZES = {'ds_mobilenet': 224, 'ds_mobilenet_tiny': 32}
+_IMAGE_SIZES = {
+  'ds_mobilenet': 224,
+  'ds_mobilenet_pp': 224,
+  'ds_mobilenet_tiny': 32,
+  'ds_resnet50': 224,
+  'ds_resnet26_cifar': 32,
+  'ds_vit_s16': 224,
+  'ds_vit_ti16': 224,
+  'ds_vit_cifar': 32,
+}
 
 
 def list_models() -> list[str]:

@@ -6,10 +6,13 @@ Training, checkpoints and routing hold a network's arrays in two flat dicts,
 a jitted function.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Arrays = dict[str, jax.Array]
@@ -57,6 +60,23 @@ def variables_of(model: nnx.Module) -> Variables:
   return Variables(
     _Layout(params).flatten(params), _Layout(batch_stats).flatten(batch_stats)
   )
+
+
+def variables_from(tree: Mapping[str, Mapping[str, Any]]) -> Variables:
+  """Returns the arrays of a checkpoint, where kinds without any are absent."""
+  return Variables(
+    **{
+      field.name: {
+        path: jnp.asarray(x) for path, x in tree.get(field.name, {}).items()
+      }
+      for field in dataclasses.fields(Variables)
+    }
+  )
+
+
+def is_slimming(path: str) -> bool:
+  """Whether a parameter belongs to the slimming head, Stage II's alone."""
+  return 'slim' in path.split('/')
 
 
 class _Layout:

@@ -1,12 +1,13 @@
-"""DS-MobileNet: MobileNetV1 blocks with attention, sliced in width.
+"""DS-MobileNet: MobileNetV1 blocks with attention, sliced in width and kernel.
 
 Axes: N batch, H, W, C channels, K buckets.
 
-Depthwise 3x3, batch norm, swish, attention, pointwise, batch norm, swish; no
-skips; global average pool and one classifier (DS-Net, section 4; the widths
-are those of the authors' release). Everything before the attention of the
-gated stage's first block is the trunk, and runs at the narrowest slices for
-every bucket; bucket k runs the rest at its k-th widths.
+Depthwise, batch norm, swish, attention, pointwise, batch norm, swish; no skips;
+global average pool and one classifier (DS-Net, section 4; the widths are those
+of the authors' release). Everything before the attention of the gated stage's
+first block is the trunk, and runs at the narrowest slices for every bucket;
+bucket k runs the rest at its k-th slices. In DS-MobileNet++ a smaller depthwise
+kernel is the centre of the full one.
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds_jax import nn
+from ds_jax.models import base
 from ds_jax.models import subnet as subnets
 from ds_jax.nn import conv, gate
 
 _STEM_STRIDE = 2
-_KERNEL_SIZE = 3
+_STEM_KERNEL_SIZE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +31,33 @@ class StageSpec:
   """The shape of one stage.
 
   Attributes:
-    widths: the slice list, narrowest first.
+    widths: slice list of the output channels, narrowest first.
+    kernels: slice list of the depthwise kernels' sides.
     depth: how many blocks.
     stride: of the first block.
   """
 
   widths: tuple[int, ...]
+  kernels: tuple[int, ...] = (3,)
   depth: int = 1
   stride: int = 1
 
   def __post_init__(self):
     object.__setattr__(self, 'widths', tuple(self.widths))
-    if not self.widths or list(self.widths) != sorted(set(self.widths)):
-      raise ValueError(
-        f'Widths {self.widths} must be one or more, strictly increasing.'
-      )
+    object.__setattr__(self, 'kernels', tuple(self.kernels))
+    subnets.check_lists(self)
+    if any(k % 2 == 0 for k in self.kernels):
+      raise ValueError(f'Kernels {self.kernels} must be odd.')
     if self.depth < 1 or self.stride not in (1, 2):
       raise ValueError(
         f'A stage needs depth >= 1 and stride 1 or 2, got {self.depth} and'
         f' {self.stride}.'
       )
+
+  @property
+  def lists(self) -> Mapping[str, tuple[int, ...]]:
+    """The slice lists, by the field of `StageSlice` that they are of."""
+    return {'width': self.widths, 'kernel': self.kernels}
 
 
 class SeparableBlock(nnx.Module):
@@ -59,6 +68,7 @@ class SeparableBlock(nnx.Module):
     in_features: int,
     features: int,
     *,
+    kernel_size: int,
     stride: int,
     rows_in: int,
     rows: int,
@@ -71,6 +81,7 @@ class SeparableBlock(nnx.Module):
     Args:
       in_features: the widest input.
       features: the widest output.
+      kernel_size: the largest, of the depthwise convolution.
       stride: of the depthwise convolution.
       rows_in: rows of statistics of the norm after the depthwise convolution.
       rows: rows of statistics of the norm after the pointwise convolution.
@@ -79,7 +90,7 @@ class SeparableBlock(nnx.Module):
       rngs: the stream `params` initialises the weights.
     """
     self.depthwise = nn.SlicedDepthwiseConv(
-      in_features, _KERNEL_SIZE, stride=stride, rngs=rngs
+      in_features, kernel_size, stride=stride, rngs=rngs
     )
     self.depthwise_norm = nn.SlicedBatchNorm(in_features, rows_in)
     self.gate = nn.DoubleHeadedGate(
@@ -90,9 +101,9 @@ class SeparableBlock(nnx.Module):
     )
     self.pointwise_norm = nn.SlicedBatchNorm(features, rows)
 
-  def extract(self, x, row, momentum=None):
+  def extract(self, x, kernel_size, row, momentum=None):
     """The part before the attention: depthwise, norm, swish."""
-    x = self.depthwise(x)
+    x = self.depthwise(x, kernel_size)
     return jax.nn.swish(self.depthwise_norm(x, row, momentum))
 
   def project(self, x, features, row, momentum=None):
@@ -101,14 +112,8 @@ class SeparableBlock(nnx.Module):
     return jax.nn.swish(self.pointwise_norm(x, row, momentum))
 
 
-class MobileNet(nnx.Module):
-  """The supernet; `model(images, subnet)` runs one sub-network of it.
-
-  Attributes:
-    routing_space: the buckets, cheapest first.
-    narrowest: the first bucket.
-    widest: every slice full; a bucket only if the trunk has one width a stage.
-  """
+class MobileNet(base.SlicedNetwork):
+  """The supernet of separable blocks."""
 
   def __init__(
     self,
@@ -140,26 +145,23 @@ class MobileNet(nnx.Module):
     Raises:
       ValueError: if the stages do not make a routing space.
     """
-    if dtype not in ('float32', 'bfloat16'):
-      raise ValueError(f"dtype={dtype!r}: expected 'float32' or 'bfloat16'.")
     stem = StageSpec(tuple(stem_widths))
     stages = tuple(
       s if isinstance(s, StageSpec) else StageSpec(**s) for s in stages
     )
+    super().__init__(
+      # The gated block's depthwise convolution is in the trunk.
+      *subnets.routing_space(stem, stages, gate_stage, in_trunk=('kernel',)),
+      num_classes=num_classes,
+      dropout_rate=dropout_rate,
+      dtype=dtype,
+    )
     self.specs = (stem, *stages)
     self.gate_stage = gate_stage
     self._gate_width = gate_width
-    self.num_classes = num_classes
-    self.dropout_rate = dropout_rate
-    self.dtype = dtype
-    self.routing_space, self.widest = _routing_space(stem, stages, gate_stage)
-    self.narrowest = self.routing_space[0]
-    # The trunk tells apart two sub-networks at most, the rest tells apart all.
-    self._trunk_rows = 1 if self.widest in self.routing_space else 2
-    self._branch_rows = self.widest.index + 1
 
     self.stem = nn.SlicedConv(
-      3, stem.widths[-1], _KERNEL_SIZE, stride=_STEM_STRIDE, rngs=rngs
+      3, stem.widths[-1], _STEM_KERNEL_SIZE, stride=_STEM_STRIDE, rngs=rngs
     )
     self.stem_norm = nn.SlicedBatchNorm(stem.widths[-1], self._trunk_rows)
     self.stages = nnx.List(
@@ -181,6 +183,7 @@ class MobileNet(nnx.Module):
       block = SeparableBlock(
         width_in,
         spec.widths[-1],
+        kernel_size=spec.kernels[-1],
         stride=spec.stride if j == 0 else 1,
         rows_in=self._trunk_rows if gated else rows,
         rows=rows,
@@ -192,95 +195,52 @@ class MobileNet(nnx.Module):
       width_in = spec.widths[-1]
     return blocks
 
-  def __call__(
-    self,
-    images: jax.Array,
-    subnet: subnets.Subnet,
-    *,
-    momentum: float | jax.Array | None = None,
-    rng: jax.Array | None = None,
-  ) -> jax.Array:
-    """Runs one sub-network.
-
-    Args:
-      images: (N, H, W, 3) float, normalised.
-      subnet: one of `routing_space`, or `widest`.
-      momentum: None for inference; for training, the share of the batch in the
-        running statistics (see `SlicedBatchNorm`).
-      rng: a key for dropout; None drops nothing.
-
-    Returns:
-      Logits (N, num_classes), float32.
-    """
-    features = self.trunk(images, subnet, momentum=momentum)
-    return self.branch(features, subnet, momentum=momentum, rng=rng)
-
-  def trunk(
-    self,
-    images: jax.Array,
-    subnet: subnets.Subnet | None = None,
-    *,
-    momentum: float | jax.Array | None = None,
-  ) -> jax.Array:
-    """Runs the part that all buckets share, up to the gate.
-
-    Args:
-      images: (N, H, W, 3) float, normalised.
-      subnet: None means the narrowest, as for every bucket.
-      momentum: as in `__call__`.
-
-    Returns:
-      The gate's features (N, h, w, c).
-    """
-    _check_images(images)
+  def trunk(self, images, subnet=None, *, momentum=None, rng=None):
+    """See `SlicedNetwork`; returns (N, h, w, c)."""
+    del rng
     subnet = subnet or self.narrowest
     row = self._trunk_row(subnet)
-    x = self.stem(images.astype(self.dtype), subnet.stem.width)
+    x = self.stem(self._prepare(images), subnet.stem.width)
     x = jax.nn.swish(self.stem_norm(x, row, momentum))
     for i in range(self.gate_stage):
       for block in self.stages[i]:
-        x = block.extract(x, row, momentum)
+        x = block.extract(x, subnet.stages[i].kernel, row, momentum)
         x = block.project(x, subnet.stages[i].width, row, momentum)
-    return self.stages[self.gate_stage][0].extract(x, row, momentum)
+    kernel_size = self._gate_kernel(subnet)
+    return self.stages[self.gate_stage][0].extract(
+      x, kernel_size, row, momentum
+    )
 
-  def gate_logits(self, features: jax.Array) -> jax.Array:
-    """Returns the slimming head's logits (N, K) of the trunk's features."""
+  def gate_logits(self, features):
+    """See `SlicedNetwork`."""
     return self.stages[self.gate_stage][0].gate.logits(features)
 
-  def branch(
-    self,
-    features: jax.Array,
-    subnet: subnets.Subnet,
-    *,
-    momentum: float | jax.Array | None = None,
-    rng: jax.Array | None = None,
-  ) -> jax.Array:
-    """Runs the rest, from the gate's features (N, h, w, c) to logits."""
+  def branch(self, features, subnet, *, momentum=None, rng=None):
+    """See `SlicedNetwork`."""
     x, row = features, subnet.index
     for i in range(self.gate_stage, len(self.stages)):
       for j, block in enumerate(self.stages[i]):
         if i > self.gate_stage or j > 0:
-          x = block.extract(x, row, momentum)
+          x = block.extract(x, subnet.stages[i].kernel, row, momentum)
         x = block.project(x, subnet.stages[i].width, row, momentum)
     x = x.astype(jnp.float32).mean((1, 2))
-    if rng is not None and self.dropout_rate > 0:
-      keep = jax.random.bernoulli(rng, 1 - self.dropout_rate, x.shape)
-      x = jnp.where(keep, x / (1 - self.dropout_rate), 0.0)
-    return self.classifier(x)
+    return self.classifier(self._dropout(x, rng))
 
-  def cost(self, subnet: subnets.Subnet, image_size: int) -> subnets.Cost:
-    """Returns what one image of `image_size` pixels a side costs."""
+  def cost(self, subnet, image_size):
+    """See `SlicedNetwork`."""
     side = conv.output_size(image_size, _STEM_STRIDE)
     width = subnet.stem.width
-    total = subnets.conv_cost(side**2, _KERNEL_SIZE, 3, width)
+    total = subnets.conv_cost(side**2, _STEM_KERNEL_SIZE, 3, width)
     total += subnets.norm_cost(width)
     full_in = self.specs[0].widths[-1]
     for i, stage in enumerate(subnet.stages):
       spec = self.specs[1 + i]
       for j in range(spec.depth):
         side = conv.output_size(side, spec.stride if j == 0 else 1)
+        gated = (i, j) == (self.gate_stage, 0)
+        kernel_size = self._gate_kernel(subnet) if gated else stage.kernel
         reduced = self._reduced_width(i, j, full_in)
-        total += _block_cost(side**2, width, stage.width, reduced)
+        total += _block_cost(side**2, kernel_size, width, stage.width, reduced)
         width, full_in = stage.width, spec.widths[-1]
     total += subnets.pool_cost(side**2, width)
     return total + subnets.dense_cost(width, self.num_classes)
@@ -290,13 +250,15 @@ class MobileNet(nnx.Module):
       return self._gate_width
     return gate.reduced_width(full_in)
 
-  def _trunk_row(self, subnet: subnets.Subnet) -> int:
-    return 0 if subnet.index < len(self.routing_space) else 1
+  def _gate_kernel(self, subnet: subnets.Subnet) -> int:
+    """The gated block's depthwise kernel, the same for every bucket."""
+    kernels = self.specs[1 + self.gate_stage].kernels
+    return kernels[0 if subnet.index < len(self.routing_space) else -1]
 
 
-def _block_cost(area, width_in, width, reduced) -> subnets.Cost:
+def _block_cost(area, kernel_size, width_in, width, reduced) -> subnets.Cost:
   return (
-    subnets.depthwise_cost(area, _KERNEL_SIZE, width_in)
+    subnets.depthwise_cost(area, kernel_size, width_in)
     + subnets.norm_cost(width_in)
     + subnets.pool_cost(area, width_in)
     + subnets.dense_cost(width_in, reduced)
@@ -304,41 +266,3 @@ def _block_cost(area, width_in, width, reduced) -> subnets.Cost:
     + subnets.conv_cost(area, 1, width_in, width)
     + subnets.norm_cost(width)
   )
-
-
-def _routing_space(stem, stages, gate_stage):
-  """Returns the buckets and the widest sub-network."""
-  if not 0 <= gate_stage < len(stages):
-    raise ValueError(
-      f'gate_stage={gate_stage} is not one of the {len(stages)} stages.'
-    )
-  num_buckets = len(stages[gate_stage].widths)
-  for i, spec in enumerate(stages[gate_stage:], gate_stage):
-    if len(spec.widths) != num_buckets:
-      raise ValueError(
-        f'Stage {i} has {len(spec.widths)} widths; from the gated stage'
-        f' {gate_stage} on, each needs {num_buckets}, one a bucket.'
-      )
-  trunk, branch = (stem, *stages[:gate_stage]), stages[gate_stage:]
-
-  def subnet(index, trunk_index, branch_index):
-    slices = [subnets.StageSlice(s.widths[trunk_index]) for s in trunk]
-    slices += [subnets.StageSlice(s.widths[branch_index]) for s in branch]
-    return subnets.Subnet(index, slices[0], tuple(slices[1:]))
-
-  routing_space = tuple(subnet(k, 0, k) for k in range(num_buckets))
-  if all(len(s.widths) == 1 for s in trunk):
-    return routing_space, routing_space[-1]
-  return routing_space, subnet(num_buckets, -1, -1)
-
-
-def _check_images(images):
-  if images.ndim != 4 or images.shape[-1] != 3:
-    raise ValueError(
-      f'Images of shape {images.shape}: expected (N, H, W, 3), NHWC.'
-    )
-  if not jnp.issubdtype(images.dtype, jnp.floating):
-    raise ValueError(
-      f'Images of dtype {images.dtype}: expected normalised floats; see'
-      ' ds_jax.data.normalize.'
-    )

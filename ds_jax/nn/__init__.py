@@ -2,8 +2,8 @@
 
 from ds_jax.nn.conv import SlicedConv, SlicedDepthwiseConv
 from ds_jax.nn.dense import SlicedDense
-from ds_jax.nn.gate import DoubleHeadedGate
-from ds_jax.nn.norm import SlicedBatchNorm
+from ds_jax.nn.gate import DoubleHeadedGate, SlimmingGate
+from ds_jax.nn.norm import SlicedBatchNorm, SlicedLayerNorm
 
 __all__ = [
   'DoubleHeadedGate',
@@ -11,4 +11,6 @@ __all__ = [
   'SlicedConv',
   'SlicedDense',
   'SlicedDepthwiseConv',
+  'SlicedLayerNorm',
+  'SlimmingGate',
 ]

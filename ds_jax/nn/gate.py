@@ -1,23 +1,35 @@
-"""The double-headed gate: channel attention and slimming head in one.
+"""Gates: channel attention and slimming head in one, or slimming alone.
 
-Axes: N batch, H, W, C channels, R reduced features, K buckets.
+Axes: N batch, H, W, T tokens, C channels, R reduced features, K buckets.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ds_jax import validation
 from ds_jax.nn import dense
+
+_POOLINGS = ('mean', 'mean_max_std')
+
+
+def _one_plus_tanh(x: jax.Array) -> jax.Array:
+  return 1 + jnp.tanh(x)
+
+
+_ACTIVATIONS = {'sigmoid': jax.nn.sigmoid, 'one_plus_tanh': _one_plus_tanh}
 
 
 class DoubleHeadedGate(nnx.Module):
   """One shared reduction, then an attention head and, in one block, a slimmer.
 
     r = relu(mean(x) @ W1[:c] + b1)
-    attention(x) = x * sigmoid(r @ W2[:, :c] + b2[:c])
+    attention(x) = x * act(r @ W2[:, :c] + b2[:c])
     logits(x) = r @ W3
 
-  (DS-Net++, section 3.3; DS-Net, section 3.4.)
+  (DS-Net++, section 3.3; DS-Net, section 3.4.) `act` is the sigmoid, or `1 +
+  tanh` with W2 zero at the start: the identity, so that weights trained
+  without attention still fit.
   """
 
   def __init__(
@@ -26,6 +38,7 @@ class DoubleHeadedGate(nnx.Module):
     num_buckets: int | None = None,
     *,
     reduced: int | None = None,
+    activation: str = 'sigmoid',
     rngs: nnx.Rngs,
   ):
     """Makes the heads.
@@ -34,11 +47,15 @@ class DoubleHeadedGate(nnx.Module):
       features: C, the widest input.
       num_buckets: K, the slimming head's outputs; None leaves it out.
       reduced: R; None means `reduced_width(features)`.
+      activation: of the attention, `sigmoid` or `one_plus_tanh`.
       rngs: the stream `params` initialises the kernels.
     """
     reduced = reduced or reduced_width(features)
     self.reduce = dense.SlicedDense(features, reduced, rngs=rngs)
     self.expand = dense.SlicedDense(reduced, features, rngs=rngs)
+    self._activation = _ACTIVATIONS[activation]
+    if activation == 'one_plus_tanh':
+      self.expand.kernel[...] = jnp.zeros((reduced, features))
     self.slim = (
       _slimming_head(reduced, num_buckets, rngs) if num_buckets else None
     )
@@ -51,7 +68,7 @@ class DoubleHeadedGate(nnx.Module):
   def attention(self, x: jax.Array) -> jax.Array:
     """Scales the channels of x (N, H, W, c) by their attention."""
     logits = self.expand(self.reduced(x), x.shape[-1])
-    scale = jax.nn.sigmoid(logits).astype(x.dtype)
+    scale = self._activation(logits).astype(x.dtype)
     return x * scale[:, None, None, :]
 
   def logits(self, x: jax.Array) -> jax.Array:
@@ -69,3 +86,54 @@ def _slimming_head(reduced, num_buckets, rngs) -> dense.SlicedDense:
 def reduced_width(features: int) -> int:
   """Returns R as published: a quarter of the full width."""
   return features // 4
+
+
+class SlimmingGate(nnx.Module):
+  """A gate without attention, with a reduction of its own, for Stage II alone.
+
+    logits(x) = relu(pool(x) @ W1 + b1) @ W3
+
+  It reads the trunk at its narrowest slices, so nothing in it is sliced. A gate
+  on the trunk's output, not inside a block, has no attention head whose
+  reduction it could share; so Stage II trains this one.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    num_buckets: int,
+    *,
+    hidden: int,
+    pooling: str,
+    rngs: nnx.Rngs,
+  ):
+    """Makes the layers.
+
+    Args:
+      features: C, of the narrowest trunk.
+      num_buckets: K.
+      hidden: R, units of the hidden layer.
+      pooling: `mean`, or `mean_max_std`, which takes all three.
+      rngs: the stream `params` initialises the kernels.
+
+    Raises:
+      ValueError: for another `pooling`.
+    """
+    validation.check_choice('gate_pooling', pooling, _POOLINGS)
+    self._pooling = pooling
+    inputs = features * len(pooling.split('_'))
+    self.reduce = dense.SlicedDense(inputs, hidden, rngs=rngs)
+    self.head = _slimming_head(hidden, num_buckets, rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns logits (N, K) of x (N, H, W, C) or (N, T, C), float32."""
+    return self.head(jax.nn.relu(self.reduce(self._pool(x))))
+
+  def _pool(self, x):
+    x = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+    mean = x.mean(1)
+    if self._pooling == 'mean':
+      return mean
+    # A variance of zero has a square root without a gradient.
+    deviation = jnp.sqrt(x.var(1) + 1e-6)
+    return jnp.concatenate([mean, x.max(1), deviation], axis=-1)

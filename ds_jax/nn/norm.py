@@ -1,4 +1,4 @@
-"""Batch norm for sliced networks: shared affine, statistics per sub-network.
+"""Norms for sliced networks: shared affine, sliced like every weight.
 
 Axes: N batch, H, W, C channels, R rows of statistics.
 """
@@ -79,6 +79,41 @@ class SlicedBatchNorm(nnx.Module):
     old = running[row, :width]
     new = old + momentum * (batch - old)
     running[...] = running[...].at[row, :width].set(new)
+
+
+class SlicedLayerNorm(nnx.Module):
+  """Normalises over the active slice, with the affine's leading slice."""
+
+  def __init__(self, features: int, *, epsilon: float = 1e-6):
+    """Makes scale and bias (C,).
+
+    Args:
+      features: C, the widest input.
+      epsilon: added to the variance.
+    """
+    self.scale = nnx.Param(jnp.ones((features,)))
+    self.bias = nnx.Param(jnp.zeros((features,)))
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises each row of x (..., c), c <= C.
+
+    Returns:
+      Same shape and dtype as x; the arithmetic is float32.
+
+    Raises:
+      ValueError: if x is wider than the parameters.
+    """
+    width = x.shape[-1]
+    if width > self.scale.shape[0]:
+      raise ValueError(
+        f'Slice of {width} channels does not fit a layer norm of'
+        f' {self.scale.shape[0]}.'
+      )
+    scale, bias = self.scale[:width], self.bias[:width]
+    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.epsilon)
+    shape = (1,) * (x.ndim - 1) + (width,)
+    return (y * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:

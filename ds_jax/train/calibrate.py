@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from ds_jax import mesh as mesh_lib
-from ds_jax import models
-from ds_jax.train import validation
+from ds_jax import models, validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,9 @@ class Calibrate:
 
   def __init__(self, config: CalibrateConfig, model, normalize, *, mesh):
     """Compiles nothing yet; see `Supernet` for the arguments."""
-    self.num_steps = config.num_batches
+    # A network without batch norms has nothing to calibrate.
+    has_statistics = models.variables_of(model).batch_stats
+    self.num_steps = config.num_batches if has_statistics else 0
     self.mesh = mesh
     self._architecture = models.Architecture(model)
     self._normalize = normalize

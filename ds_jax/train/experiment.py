@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 import jax
 import ml_collections
 
-from ds_jax import data, models
+from ds_jax import checkpoint, convert, data, models, validation
 from ds_jax.train import calibrate as calibrate_lib
 from ds_jax.train import gate as gate_lib
 from ds_jax.train import optimizer as optimizer_lib
 from ds_jax.train import supernet as supernet_lib
-from ds_jax.train import validation
 
 _Config = TypeVar('_Config')
 
@@ -50,6 +49,29 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+  """What the weights are before Stage I.
+
+  Attributes:
+    checkpoint: None for fresh weights; the workdir of a run or a conversion,
+      to finetune that network; or a file of a plain network's weights (see
+      `ds_jax.convert`). Another number of classes gets a fresh classifier.
+    sort_channels: `norm_scale` or `l1` puts the channels in the order of their
+      importance, so that slices keep the best ones; None leaves them. See
+      `convert.sort_channels`.
+  """
+
+  checkpoint: str | None = None
+  sort_channels: str | None = None
+
+  def __post_init__(self):
+    if self.sort_channels is not None:
+      validation.check_choice(
+        'sort_channels', self.sort_channels, convert.IMPORTANCES
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
   """Everything a run depends on, beside the code.
 
@@ -60,6 +82,7 @@ class Experiment:
     supernet: see `SupernetConfig`.
     calibrate: see `CalibrateConfig`.
     gate: see `GateConfig`.
+    init: see `InitConfig`.
     checkpoint: see `CheckpointConfig`.
     log_every_steps: between rows of metrics.
     eval_every_epochs: between evaluations of narrowest and widest in Stage I,
@@ -71,6 +94,7 @@ class Experiment:
   supernet: supernet_lib.SupernetConfig
   gate: gate_lib.GateConfig
   calibrate: calibrate_lib.CalibrateConfig = calibrate_lib.CalibrateConfig()
+  init: InitConfig = InitConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   seed: int = 0
   log_every_steps: int = 50
@@ -95,6 +119,7 @@ class Experiment:
       'supernet': supernet_lib.SupernetConfig,
       'calibrate': calibrate_lib.CalibrateConfig,
       'gate': gate_lib.GateConfig,
+      'init': InitConfig,
       'checkpoint': CheckpointConfig,
     }
     values = dict(config)
@@ -175,6 +200,37 @@ class Experiment:
   def create_model(self):
     """Makes the supernet, with its initial weights."""
     return models.create_model(**{'seed': self.seed, **self.model})
+
+  def initial_variables(self, model) -> models.Variables:
+    """Returns the arrays before Stage I, of `model` or of `config.init`.
+
+    Raises:
+      CheckpointError: if a workdir holds no intact checkpoint.
+      ConfigError: if a file can't be read or the weights do not fit.
+    """
+    source = self.init.checkpoint
+    try:
+      if source and checkpoint.is_workdir(source):
+        model = self._finetuned(source, model)
+      elif source:
+        model = convert.from_any(convert.read(source), model)
+      if self.init.sort_channels:
+        model = convert.sort_channels(model, by=self.init.sort_channels)
+    except (ImportError, OSError, ValueError) as error:
+      raise ConfigError(f'config.init.checkpoint={source}: {error}') from error
+    return models.variables_of(model)
+
+  def _finetuned(self, workdir, model):
+    restored = checkpoint.restore(checkpoint.directory_of(workdir))
+    name = restored.meta['model']['name']
+    if name != self.model['name']:
+      raise ConfigError(
+        f'config.init.checkpoint={workdir} holds a {name}, but'
+        f' config.model.name={self.model["name"]}; set it to that.'
+      )
+    return convert.from_network(
+      models.variables_from(restored.tree['network']), model
+    )
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """Takes uint8 images to the model's floats."""

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import optax
 
 from ds_jax import mesh as mesh_lib
-from ds_jax import models
-from ds_jax.train import losses, optimizer, validation
+from ds_jax import models, validation
+from ds_jax.train import losses, optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Gate:
 
 def head_of(variables: models.Variables) -> models.Arrays:
   """Returns the slimming head's parameters."""
-  return {p: x for p, x in variables.params.items() if '/slim/' in p}
+  return {p: x for p, x in variables.params.items() if models.is_slimming(p)}
 
 
 def _with_head(variables, head):

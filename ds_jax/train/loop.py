@@ -139,7 +139,8 @@ class Run:
 
   def start(self) -> tuple[Position, Any]:
     """Returns the state before the first step of the first stage."""
-    return Position(), self.stages[0].init(models.variables_of(self._model))
+    variables = self._experiment.initial_variables(self._model)
+    return Position(), self.stages[0].init(variables)
 
   def restore(self) -> tuple[Position, Any] | None:
     """Returns where the last intact save left off; None if there is none."""
@@ -274,8 +275,11 @@ class Run:
     )
 
   def _train_batches(self, position: Position):
+    stage = experiments.STAGES[position.stage]
+    multi_view = stage == 'supernet' and self._experiment.supernet.multi_view
     return data.train_batches(
       self._experiment.dataset,
+      num_views=2 if multi_view else 1,
       # Every stage has an order of its own.
       seed=self._experiment.seed * len(self.stages) + position.stage,
       start_step=position.step,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ds_jax.train import validation
+from ds_jax import validation
 
 HARD_IMAGES = ('try_best', 'give_up')
 

@@ -1,12 +1,13 @@
 """Optimisers and schedules, from plain numbers to Optax."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ds_jax.train import validation
+from ds_jax import validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +19,8 @@ class OptimizerConfig:
     learning_rate: the peak.
     momentum: of SGD.
     nesterov: whether SGD looks ahead.
-    weight_decay: added to SGD's gradient (as in PyTorch), or AdamW's own;
-      vectors (norms, biases) are left alone.
+    weight_decay: of kernels; added to SGD's gradient (as in PyTorch), or
+      AdamW's own. Norms, biases and embeddings are left alone.
     warmup_epochs: linear, from `warmup_init` to `learning_rate`.
     warmup_init: the first learning rate.
     end_factor: the last learning rate as a share of the peak.
@@ -68,18 +69,30 @@ def learning_rate_schedule(
 
 
 def make_optimizer(
-  config: OptimizerConfig, schedule: optax.Schedule
+  config: OptimizerConfig,
+  schedule: optax.Schedule,
+  frozen: Callable[[str], bool] = lambda path: False,
 ) -> optax.GradientTransformation:
-  """Returns clipping, weight decay and the named optimiser in a chain."""
+  """Returns clipping, weight decay and the named optimiser in a chain.
+
+  Args:
+    config: the numbers.
+    schedule: step to learning rate.
+    frozen: paths without a gradient, which weight decay must not shrink.
+  """
+
+  def decays(params):
+    return {p: p.endswith('kernel') and not frozen(p) for p in params}
+
   parts = []
   if config.clip_norm is not None:
     parts.append(optax.clip_by_global_norm(config.clip_norm))
   if config.name == 'adamw':
-    decay = dict(weight_decay=config.weight_decay, mask=_matrices)
+    decay = dict(weight_decay=config.weight_decay, mask=decays)
     parts.append(optax.adamw(schedule, **decay))
   else:
     if config.weight_decay:
-      parts.append(optax.add_decayed_weights(config.weight_decay, _matrices))
+      parts.append(optax.add_decayed_weights(config.weight_decay, decays))
     parts.append(
       optax.sgd(schedule, config.momentum or None, nesterov=config.nesterov)
     )
@@ -94,7 +107,3 @@ def moving_average(new, old, decay: float, step: jax.Array):
   """
   decay = jnp.minimum(decay, (1 + step) / (10 + step))
   return optax.incremental_update(new, old, 1 - decay)
-
-
-def _matrices(params):
-  return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -6,6 +6,10 @@ a teacher: the widest network of the exponential moving average (in-place
 bootstrapping), for the narrowest optionally the mean of the average's widest
 and random sub-networks (in-place ensemble bootstrapping). The gradients of all
 passes are summed for one update.
+
+With multi-view consistency (MvCo) every image comes in two views, augmented
+independently: the teacher sees one, the students the other. The definition is
+ours, since the paper's is not public.
 """
 
 import dataclasses
@@ -18,8 +22,8 @@ import numpy as np
 import optax
 
 from ds_jax import mesh as mesh_lib
-from ds_jax import models
-from ds_jax.train import losses, optimizer, validation
+from ds_jax import models, validation
+from ds_jax.train import losses, optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class SupernetConfig:
     optimizer: see `OptimizerConfig`.
     num_random: random sub-networks a step, beside the widest and narrowest.
     ensemble: whether the narrowest learns from an ensemble (IEB, not IB).
+    multi_view: whether teacher and students see different views (MvCo).
     ema_decay: of parameters and statistics; see `optimizer.moving_average`.
     label_smoothing: of the widest's loss.
     momentum: the batch's share in the running statistics.
@@ -42,6 +47,7 @@ class SupernetConfig:
   optimizer: optimizer.OptimizerConfig
   num_random: int = 2
   ensemble: bool = False
+  multi_view: bool = False
   ema_decay: float = 0.997
   label_smoothing: float = 0.1
   momentum: float = 0.1
@@ -118,7 +124,9 @@ class Supernet:
     self._schedule = optimizer.learning_rate_schedule(
       config.optimizer, num_steps, steps_per_epoch
     )
-    self._optimizer = optimizer.make_optimizer(config.optimizer, self._schedule)
+    self._optimizer = optimizer.make_optimizer(
+      config.optimizer, self._schedule, frozen=models.is_slimming
+    )
     self._compile()
 
   def _compile(self):
@@ -149,7 +157,8 @@ class Supernet:
 
     Args:
       state: donated.
-      batch: this process's `images` (n, H, W, 3) uint8 and `labels` (n,).
+      batch: this process's `images` (n, H, W, 3) uint8 and `labels` (n,); with
+        `multi_view` also `teacher_images`, the other view.
       step: how many came before.
 
     Returns:
@@ -196,7 +205,7 @@ class Supernet:
     Args:
       variables: the students.
       teacher: the variables whose widest network the others learn from.
-      batch: sharded `images` and `labels`.
+      batch: sharded, as in `step`.
       subnets: the random sub-networks, in the order in which they run.
       key: for dropout.
       gradient: what to add to; None means zero.
@@ -205,7 +214,8 @@ class Supernet:
       The gradient, the batch statistics after all passes, and the losses.
     """
     images, labels = batch['images'], batch['labels']
-    targets = self._teach(teacher, images, subnet=self._widest)
+    seen = batch['teacher_images'] if self.config.multi_view else images
+    targets = self._teach(teacher, seen, subnet=self._widest)
     gradient, batch_stats, metrics = self._widest_gradient(
       variables, images, labels, key, gradient
     )
@@ -219,7 +229,7 @@ class Supernet:
       )
       metrics[f'loss/{subnet.index}'] = loss
       if self.config.ensemble and subnet is not self._narrowest:
-        teachers.append(self._teach(teacher, images, subnet=subnet))
+        teachers.append(self._teach(teacher, seen, subnet=subnet))
     return gradient, batch_stats, metrics
 
   def _soft_targets(self, teacher, images, subnet):

@@ -3,17 +3,24 @@
 import collections
 import dataclasses
 import itertools
+import pathlib
+import struct
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
 from absl.testing import parameterized
 
 from ds_jax import data
+from ds_jax.data import augment
 
 # 1,437 images in train and 360 in test.
 CONFIG = data.DataConfig('digits', batch_size=100)
 PLAIN = dataclasses.replace(CONFIG, crop=None, flip=False)
+AUGMENTED = dataclasses.replace(
+  CONFIG, randaugment_layers=2, color_jitter=0.4, erasing_probability=0.5
+)
 
 
 def take(batches, count):
@@ -38,6 +45,14 @@ def assert_equal_batches(left, right):
 def source_pixels(split):
   source = data.load_source('digits', split)
   return [source[i]['image'].tobytes() for i in range(len(source))]
+
+
+def write_idx_train(folder, images, labels):
+  for name, values in (('images-idx3', images), ('labels-idx1', labels)):
+    header = struct.pack(
+      f'>I{values.ndim}I', 0x800 + values.ndim, *values.shape
+    )
+    (folder / f'train-{name}-ubyte').write_bytes(header + values.tobytes())
 
 
 class TrainBatchesTest(parameterized.TestCase):
@@ -153,6 +168,181 @@ class TrainBatchesTest(parameterized.TestCase):
       data.train_batches(CONFIG, seed=0, process_index=2, process_count=2)
 
 
+class ViewsTest(parameterized.TestCase):
+  @pytest.fixture(autouse=True)
+  def make_folder(self, tmp_path: pathlib.Path):
+    self.folder = tmp_path
+
+  @parameterized.parameters(
+    *({'crop': crop} for crop in (None, 'pad', 'resized')),
+    {'randaugment_layers': 2, 'color_jitter': 0.4, 'erasing_probability': 0.5},
+  )
+  def test_first_view_is_the_only_one_of_a_single_view(self, **options):
+    config = dataclasses.replace(CONFIG, **options)
+    one = take(data.train_batches(config, seed=3), 16)
+    two = take(data.train_batches(config, seed=3, num_views=2), 16)
+    for batch in two:
+      assert batch['teacher_images'].shape == (100, 32, 32, 3)
+      assert batch['teacher_images'].dtype == np.uint8
+      del batch['teacher_images']
+    assert_equal_batches(one, two)
+
+  def test_views_are_two_draws_from_the_same_image(self):
+    # The crop keeps the middle of an image, which tells it.
+    labels = np.arange(50, dtype=np.uint8)
+    images = np.broadcast_to(200 - labels[:, None, None], (50, 32, 32))
+    write_idx_train(self.folder, images, labels)
+    config = data.DataConfig(f'idx:{self.folder}', batch_size=50)
+    batches = take(data.train_batches(config, seed=0, num_views=2), 4)
+    for batch in batches:
+      for view in ('images', 'teacher_images'):
+        middle = batch[view][:, 16, 16, 0]
+        np.testing.assert_array_equal(200 - middle, batch['labels'])
+    # A constant image's views are the same by chance of 1 in 81.
+    same = [
+      (batch['images'] == batch['teacher_images']).all((1, 2, 3)).sum()
+      for batch in batches
+    ]
+    assert sum(same) < 12
+
+  def test_views_are_flipped_independently(self):
+    config = dataclasses.replace(
+      CONFIG, batch_size=1437, crop=None, num_threads=0
+    )
+    plain = dataclasses.replace(PLAIN, batch_size=1437)
+    (batch,) = take(data.train_batches(config, seed=0, num_views=2), 1)
+    (original,) = take(data.train_batches(plain, seed=0), 1)
+    flips = collections.Counter()
+    for first, second, image in zip(
+      batch['images'], batch['teacher_images'], original['images'], strict=True
+    ):
+      flipped = [(view != image).any() for view in (first, second)]
+      for view, mirrored in zip((first, second), flipped, strict=True):
+        step = -1 if mirrored else 1
+        np.testing.assert_array_equal(view, image[:, ::step])
+      flips[tuple(flipped)] += 1
+    # Independent: a quarter each.
+    assert len(flips) == 4 and min(flips.values()) > 280
+
+  @parameterized.parameters(CONFIG, AUGMENTED)
+  def test_resumed_views_equal_the_uninterrupted(self, config):
+    whole = take(data.train_batches(config, seed=3, num_views=2), 20)
+    resumed = take(
+      data.train_batches(config, seed=3, start_step=17, num_views=2), 3
+    )
+    assert_equal_batches(whole[17:], resumed)
+
+  @parameterized.parameters(CONFIG, AUGMENTED)
+  def test_processes_share_both_views_of_one(self, config):
+    whole = take(data.train_batches(config, seed=0, num_views=2), 16)
+    shares = [
+      take(
+        data.train_batches(
+          config, seed=0, process_index=i, process_count=2, num_views=2
+        ),
+        16,
+      )
+      for i in range(2)
+    ]
+    joined = [
+      {key: np.stack([one[key], two[key]], 1) for key in one}
+      for one, two in zip(*shares, strict=True)
+    ]
+    for batch in joined:
+      for key, value in batch.items():
+        batch[key] = value.reshape(100, *value.shape[2:])
+    assert_equal_batches(whole, joined)
+
+  @parameterized.parameters(0, 3, -1, None)
+  def test_other_numbers_of_views_are_refused_at_once(self, num_views):
+    with pytest.raises(ValueError, match='num_views .* neither 1 nor 2'):
+      data.train_batches(CONFIG, seed=0, num_views=num_views)
+
+
+class AugmentationTest(parameterized.TestCase):
+  @pytest.fixture(autouse=True)
+  def make_folder(self, tmp_path: pathlib.Path):
+    self.folder = tmp_path
+
+  def test_what_is_off_is_not_called(self):
+    names = ('rand_augment', 'color_jitter', 'random_erasing')
+    for name in names:
+      self.enterContext(
+        mock.patch.object(augment, name, side_effect=AssertionError)
+      )
+    take(data.train_batches(CONFIG, seed=0, num_views=2), 2)
+
+  @parameterized.parameters(
+    ({'randaugment_layers': 2}, 'rand_augment', (2, 9.0)),
+    (
+      {'randaugment_layers': 3, 'randaugment_magnitude': 4.0},
+      'rand_augment',
+      (3, 4.0),
+    ),
+    ({'color_jitter': 0.3}, 'color_jitter', (0.3,)),
+    ({'erasing_probability': 0.7}, 'random_erasing', (0.7,)),
+  )
+  def test_option_follows_crop_and_flip(self, options, name, arguments):
+    config = dataclasses.replace(CONFIG, num_threads=0, **options)
+    function = self.enterContext(
+      mock.patch.object(
+        augment, name, side_effect=lambda image, *_: 255 - image
+      )
+    )
+    (batch,) = take(data.train_batches(config, seed=0), 1)
+    (plain,) = take(data.train_batches(CONFIG, seed=0), 1)
+    np.testing.assert_array_equal(batch['images'], 255 - plain['images'])
+    for call in function.call_args_list:
+      assert call.args[2:] == arguments
+
+  def test_order_is_randaugment_then_jitter_then_erasing(self):
+    called = []
+    for name in ('rand_augment', 'color_jitter', 'random_erasing'):
+
+      def record(image, *_, name=name):
+        called.append(name)
+        return image
+
+      self.enterContext(mock.patch.object(augment, name, record))
+    config = dataclasses.replace(AUGMENTED, batch_size=2, num_threads=0)
+    take(data.train_batches(config, seed=0), 1)
+    assert called[:6] == ['rand_augment', 'color_jitter', 'random_erasing'] * 2
+
+  @parameterized.parameters(
+    {'randaugment_layers': 2}, {'color_jitter': 0.4}, {'erasing_probability': 1}
+  )
+  def test_images_of_a_batch_get_different_draws(self, **options):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, 32), np.uint8)
+    images = np.broadcast_to(image, (64, 32, 32))
+    write_idx_train(self.folder, images, np.zeros(64, np.uint8))
+    config = data.DataConfig(
+      f'idx:{self.folder}', batch_size=64, crop=None, flip=False, **options
+    )
+    (batch,) = take(data.train_batches(config, seed=0), 1)
+    assert len(set(pixels([batch]))) > 25
+
+  def test_augmented_batches_do_not_depend_on_threads(self):
+    expected = take(data.train_batches(AUGMENTED, seed=3), 4)
+    for num_threads in (0, 5):
+      config = dataclasses.replace(AUGMENTED, num_threads=num_threads)
+      batches = take(data.train_batches(config, seed=3), 4)
+      assert_equal_batches(expected, batches)
+
+  def test_source_images_stay_as_they_were(self):
+    before = source_pixels('train')
+    config = dataclasses.replace(
+      AUGMENTED, crop=None, flip=False, batch_size=1437
+    )
+    take(data.train_batches(config, seed=0, num_views=2), 1)
+    assert source_pixels('train') == before
+
+  def test_evaluation_is_not_augmented(self):
+    assert_equal_batches(
+      list(data.eval_batches(AUGMENTED)), list(data.eval_batches(CONFIG))
+    )
+
+
 class EvalBatchesTest(parameterized.TestCase):
   @parameterized.parameters(
     ('test', 100, 4), ('test', 90, 4), ('train', 479, 3)
@@ -203,6 +393,14 @@ class DataConfigTest(parameterized.TestCase):
     {'crop_scale': (0.5, 0.2)},
     {'crop_ratio': 1.5},
     {'num_threads': -1},
+    {'randaugment_layers': -1},
+    {'randaugment_magnitude': 10.5},
+    {'randaugment_magnitude': -1.0},
+    {'color_jitter': -0.1},
+    {'color_jitter': 1.1},
+    {'erasing_probability': -0.1},
+    {'erasing_probability': 1.5},
+    {'erasing_probability': float('nan')},
   )
   def test_value_out_of_range_is_refused(self, **options):
     (option,) = options

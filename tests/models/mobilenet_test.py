@@ -14,6 +14,7 @@ from absl.testing import parameterized
 
 import ds_jax
 from ds_jax import models
+from models import fixed
 
 OPTIONS = dict(
   stem_widths=(6, 8),
@@ -24,6 +25,15 @@ OPTIONS = dict(
   ),
   gate_stage=1,
 )
+# DS-MobileNet++: the same with kernels.
+KERNELS = ((3, 5), (3, 3, 5), (3, 5, 5))
+OPTIONS_PP = dict(
+  OPTIONS,
+  stages=tuple(
+    dict(stage, kernels=kernels)
+    for stage, kernels in zip(OPTIONS['stages'], KERNELS, strict=True)
+  ),
+)
 # Block name, its stride, and the (stage input, stage output) it sits between:
 # 0 is the stem, 1 to 3 are the stages.
 BLOCKS = (
@@ -32,13 +42,15 @@ BLOCKS = (
   ('stages/1/1', 1, 2, 2),
   ('stages/2/0', 2, 2, 3),
 )
-# Name, widths of the stem and the stages, and the rows of statistics in the
-# trunk and in the branch.
+STRIDES = tuple(block[:2] for block in BLOCKS)
+# Name, widths of the stem and the stages, the blocks' kernels, and the rows of
+# statistics in the trunk and in the branch. The second block's kernel is in the
+# trunk, so it is the same in all buckets.
 SUBNETS = (
-  ('bucket_0', (6, 8, 8, 12), 0, 0),
-  ('bucket_1', (6, 8, 12, 16), 0, 1),
-  ('bucket_2', (6, 8, 16, 24), 0, 2),
-  ('widest', (8, 12, 16, 24), 1, 3),
+  ('bucket_0', (6, 8, 8, 12), (3, 3, 3, 3), 0, 0),
+  ('bucket_1', (6, 8, 12, 16), (3, 3, 3, 5), 0, 1),
+  ('bucket_2', (6, 8, 16, 24), (3, 3, 5, 5), 0, 2),
+  ('widest', (8, 12, 16, 24), (5, 5, 5, 5), 1, 3),
 )
 RELEASED = [
   133,
@@ -63,28 +75,7 @@ def create_abstract(num_classes=5, **options):
   return models.create_abstract_model('ds_mobilenet', num_classes, **options)
 
 
-def random_variables(model, seed=0):
-  """Weights and statistics of which no two are alike."""
-  rng = np.random.default_rng(seed)
-
-  def fill(path, array):
-    if path.endswith(('scale', 'variance')):
-      return rng.uniform(0.5, 1.5, array.shape).astype(np.float32)
-    if path.endswith('reduce/bias'):  # Past the ReLU, for a gradient.
-      return rng.uniform(1, 2, array.shape).astype(np.float32)
-    if path.endswith(('bias', 'mean')):
-      return rng.normal(0, 0.3, array.shape).astype(np.float32)
-    fan_in = max(np.prod(array.shape[:-1]), 1)
-    return rng.normal(0, fan_in**-0.5, array.shape).astype(np.float32)
-
-  variables = models.variables_of(model)
-  return models.Variables(
-    {path: fill(path, array) for path, array in variables.params.items()},
-    {path: fill(path, array) for path, array in variables.batch_stats.items()},
-  )
-
-
-def param_slices(widths):
+def param_slices(widths, kernels):
   """Where a sub-network's parameters lie in the supernet's."""
   slices = {
     'stem/kernel': np.s_[:, :, :, : widths[0]],
@@ -93,10 +84,11 @@ def param_slices(widths):
     'classifier/kernel': np.s_[: widths[3]],
     'classifier/bias': np.s_[:],
   }
-  for name, _, before, after in BLOCKS:
+  for (name, _, before, after), kernel in zip(BLOCKS, kernels, strict=True):
     width_in, width = widths[before], widths[after]
+    centre = {3: np.s_[1:4], 5: np.s_[:]}[kernel]
     slices |= {
-      f'{name}/depthwise/kernel': np.s_[:, :, :, :width_in],
+      f'{name}/depthwise/kernel': np.s_[centre, centre, :, :width_in],
       f'{name}/depthwise_norm/scale': np.s_[:width_in],
       f'{name}/depthwise_norm/bias': np.s_[:width_in],
       f'{name}/gate/reduce/kernel': np.s_[:width_in],
@@ -130,107 +122,40 @@ def stat_slices(widths, trunk_row, branch_row):
   }
 
 
-def cut(arrays, slices):
-  return {path: np.array(arrays[path][index]) for path, index in slices.items()}
-
-
-def convolve(x, kernel, stride, groups=1):
-  pad = kernel.shape[0] // 2
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    ((pad, pad), (pad, pad)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=groups,
-  )
-
-
-def along_channels(vector):
-  return vector.reshape(1, 1, 1, -1)
-
-
-def fixed_norm(x, name, params, stats):
-  """`stats=None` normalises with the batch's own."""
-  if stats is None:
-    mean = x.mean((0, 1, 2))
-    variance = ((x - along_channels(mean)) ** 2).mean((0, 1, 2))
-  else:
-    mean, variance = stats[f'{name}/mean'], stats[f'{name}/variance']
-  mean, deviation = (
-    along_channels(v) for v in (mean, jnp.sqrt(variance + 1e-5))
-  )
-  scale, bias = (
-    along_channels(params[f'{name}/{k}']) for k in ('scale', 'bias')
-  )
-  return (x - mean) / deviation * scale + bias
-
-
 def swish(x):
   return x / (1 + jnp.exp(-x))
 
 
 def fixed_attention(x, name, params):
-  def layer(name, x):
-    return x @ params[f'{name}/kernel'] + params[f'{name}/bias'].reshape(1, -1)
-
-  reduced = jnp.maximum(layer(f'{name}/reduce', x.mean((1, 2))), 0)
-  scale = 1 / (1 + jnp.exp(-layer(f'{name}/expand', reduced)))
-  return x * scale[:, None, None, :]
+  reduced = fixed.dense(x.mean((1, 2)), f'{name}/reduce', params)
+  logits = fixed.dense(jnp.maximum(reduced, 0), f'{name}/expand', params)
+  return x / (1 + jnp.exp(-logits))[:, None, None, :]
 
 
 def fixed_network(params, stats, images, blocks):
   """A MobileNet of one width; `blocks` holds the names and strides."""
-  x = convolve(images, params['stem/kernel'], 2)
-  x = swish(fixed_norm(x, 'stem_norm', params, stats))
+  x = fixed.convolve(images, params['stem/kernel'], 2)
+  x = swish(fixed.batch_norm(x, 'stem_norm', params, stats))
   for name, stride in blocks:
-    x = convolve(x, params[f'{name}/depthwise/kernel'], stride, x.shape[-1])
-    x = swish(fixed_norm(x, f'{name}/depthwise_norm', params, stats))
+    kernel = params[f'{name}/depthwise/kernel']
+    x = fixed.convolve(x, kernel, stride, x.shape[-1])
+    x = swish(fixed.batch_norm(x, f'{name}/depthwise_norm', params, stats))
     x = fixed_attention(x, f'{name}/gate', params)
-    x = convolve(x, params[f'{name}/pointwise/kernel'][None, None], 1)
-    x = swish(fixed_norm(x, f'{name}/pointwise_norm', params, stats))
-  x = x.mean((1, 2)) @ params['classifier/kernel']
-  return x + params['classifier/bias'].reshape(1, -1)
-
-
-def count_madds(function, *args):
-  """Multiply-adds in a program: convolutions, products, spatial means."""
-  total = 0
-  equations = list(jax.make_jaxpr(function)(*args).eqns)
-  while equations:
-    equation = equations.pop()
-    for value in equation.params.values():
-      if hasattr(value, 'jaxpr'):
-        equations += value.jaxpr.eqns
-    operands = [v.aval.shape for v in equation.invars]
-    outputs = equation.outvars[0].aval.size
-    if equation.primitive.name == 'conv_general_dilated':
-      # HWIO, where I is already the inputs of one group.
-      total += outputs * np.prod(operands[1][:3])
-    elif equation.primitive.name == 'dot_general':
-      ((contracted, _), _) = equation.params['dimension_numbers']
-      total += outputs * np.prod([operands[0][i] for i in contracted])
-    elif equation.primitive.name == 'reduce_sum':
-      assert equation.params['axes'] == (1, 2) and len(operands[0]) == 4
-      total += np.prod(operands[0])
-  return int(total)
-
-
-def assert_close(found, expected, tolerance):
-  """Compares to each array's largest magnitude."""
-  assert found.keys() == expected.keys()
-  for path, value in expected.items():
-    scale = np.abs(value).max()
-    assert np.abs(found[path] - value).max() <= tolerance * scale, path
+    x = fixed.convolve(x, params[f'{name}/pointwise/kernel'][None, None], 1)
+    x = swish(fixed.batch_norm(x, f'{name}/pointwise_norm', params, stats))
+  return fixed.dense(x.mean((1, 2)), 'classifier', params)
 
 
 class SubnetTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.model = create_abstract(**OPTIONS)
-    cls.variables = random_variables(cls.model)
-    cls.architecture = models.Architecture(cls.model)
+    cls.model = create_abstract(**OPTIONS_PP)
+    rng = np.random.default_rng(1)
+    cls.images = rng.normal(size=(4, 15, 12, 3)).astype(np.float32)
+    cls.comparison = fixed.Comparison(cls.model, fixed_network, cls.images)
+    cls.variables = cls.comparison.variables
+    cls.architecture = cls.comparison.architecture
     cls.subnets = dict(
       zip(
         [name for name, *_ in SUBNETS],
@@ -238,93 +163,31 @@ class SubnetTest(parameterized.TestCase):
         strict=True,
       )
     )
-    rng = np.random.default_rng(1)
-    cls.images = rng.normal(size=(4, 15, 12, 3)).astype(np.float32)
-    cls.weight = rng.normal(size=(4, 5)).astype(np.float32)
-
-  @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-  def ours(self, params, stats, subnet, momentum):
-    """Logits, statistics after, and the gradient of a mix of the logits."""
-
-    def forward(params):
-      model = self.architecture.bind(models.Variables(params, stats))
-      logits = model(self.images, subnet, momentum=momentum)
-      after = models.variables_of(model).batch_stats
-      return (logits * self.weight).sum(), (logits, after)
-
-    gradient, (logits, after) = jax.grad(forward, has_aux=True)(params)
-    return logits, after, gradient
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def fixed(self, params, stats):
-    blocks = [block[:2] for block in BLOCKS]
-
-    def forward(params):
-      logits = fixed_network(params, stats, self.images, blocks)
-      return (logits * self.weight).sum(), logits
-
-    gradient, logits = jax.grad(forward, has_aux=True)(params)
-    return logits, gradient
 
   # Same sums in another order, through 9 norms: a few float32 roundings
   # (6e-8), which the batch's own statistics make some tens of times larger.
-  @parameterized.named_parameters(
-    *(
-      (f'{name}_{mode}', name, *rest, momentum, tolerance)
-      for name, *rest in SUBNETS
-      for mode, momentum, tolerance in (
-        ('inference', None, 3e-5),
-        ('training', 0.1, 1e-4),
-      )
-    )
-  )
+  @parameterized.named_parameters((s[0], *s) for s in SUBNETS)
   def test_slice_equals_the_fixed_network(
-    self, name, widths, trunk_row, branch_row, momentum, tolerance
+    self, name, widths, kernels, trunk_row, branch_row
   ):
-    variables = self.variables
-    logits, after, gradient = self.ours(
-      variables.params, variables.batch_stats, self.subnets[name], momentum
-    )
-    slices = param_slices(widths)
-    rows = stat_slices(widths, trunk_row, branch_row)
-    stats = cut(variables.batch_stats, rows) if momentum is None else None
-    expected = self.fixed(cut(variables.params, slices), stats)
-    assert_close({'logits': logits}, {'logits': expected[0]}, tolerance)
-    assert_close(cut(gradient, slices), expected[1], tolerance)
-    assert all(np.asarray(array).any() for array in expected[1].values())
+    for momentum, tolerance in ((None, 3e-5), (0.1, 1e-4)):
+      self.comparison.assert_equal(
+        self.subnets[name],
+        STRIDES,
+        param_slices(widths, kernels),
+        stat_slices(widths, trunk_row, branch_row),
+        momentum=momentum,
+        tolerance=tolerance,
+        has_gradient=momentum is not None or name == 'bucket_1',
+      )
 
-    outside = {path: np.array(array) for path, array in gradient.items()}
-    for path, index in slices.items():
-      outside[path][index] = 0
-    assert not any(array.any() for array in outside.values())
-
-    # The statistics that moved are those of this sub-network's rows.
-    for path, array in after.items():
-      moved = np.asarray(array) != variables.batch_stats[path]
-      expected_moved = np.zeros(array.shape, bool)
-      expected_moved[rows[path]] = momentum is not None
-      np.testing.assert_array_equal(moved, expected_moved, path)
-
-  @parameterized.named_parameters(*(s[:2] for s in SUBNETS))
-  def test_cost_is_that_of_the_fixed_network(self, widths):
-    name = self._testMethodName.removeprefix(
-      'test_cost_is_that_of_the_fixed_network_'
-    )
+  @parameterized.named_parameters((s[0], *s[:3]) for s in SUBNETS)
+  def test_cost_is_that_of_the_fixed_network(self, name, widths, kernels):
     subnet = self.subnets[name]
     assert subnet.widths == widths
-    params = cut(self.variables.params, param_slices(widths))
-    rows = stat_slices(widths, 0, 0)
-    stats = cut(self.variables.batch_stats, rows)
-    blocks = [block[:2] for block in BLOCKS]
+    slices, rows = param_slices(widths, kernels), stat_slices(widths, 0, 0)
     for size in (28, 32, 33, 224):
-      images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-      madds = count_madds(
-        lambda images: fixed_network(params, stats, images, blocks), images
-      )
-      cost = self.model.cost(subnet, size)
-      assert cost.madds == madds
-      assert cost.params == sum(array.size for array in params.values())
-      assert isinstance(cost.madds, int) and isinstance(cost.params, int)
+      self.comparison.assert_cost(subnet, STRIDES, slices, rows, size)
 
   @parameterized.parameters('bucket_1', 'widest')
   def test_trunk_and_branch_compose_to_the_call(self, name):
@@ -385,6 +248,34 @@ class OptionsTest(parameterized.TestCase):
     assert stats['stem_norm/mean'].shape == (1, 8)
     assert stats['stages/2/0/pointwise_norm/mean'].shape == (3, 24)
 
+  def test_slices_may_repeat_and_one_entry_is_for_all_buckets(self):
+    stages = (
+      dict(widths=(8, 8, 12), kernels=(3, 5, 5)),
+      dict(widths=(12,), kernels=(3, 3, 3)),
+    )
+    model = create_abstract(stem_widths=(8,), stages=stages, gate_stage=0)
+    found = [
+      [(stage.width, stage.kernel) for stage in subnet.stages]
+      for subnet in model.routing_space
+    ]
+    assert found == [
+      [(8, 3), (12, 3)],
+      [(8, 5), (12, 3)],
+      [(12, 5), (12, 3)],
+    ]
+
+  def test_widest_stands_apart_where_the_gated_kernel_grows(self):
+    # No bucket has the gated block's full kernel, which is in the trunk.
+    stage = dict(widths=(8, 12), kernels=(3, 5))
+    model = create_abstract(stem_widths=(8,), stages=[stage], gate_stage=0)
+    assert model.widest.index == 2
+    assert model.widest.stages == model.routing_space[1].stages
+    last, widest = (
+      model.cost(s, 8).madds for s in models.sub_networks(model)[1:]
+    )
+    # 16 more taps of 8 channels in 4 x 4 pixels.
+    assert widest - last == 16 * 8 * 16
+
   def test_subnets_are_values(self):
     one, other = (create_abstract(seed=s, **OPTIONS) for s in (0, 1))
     assert one.narrowest == other.narrowest == one.routing_space[0]
@@ -396,7 +287,7 @@ class OptionsTest(parameterized.TestCase):
       create_abstract(dtype=dtype, **OPTIONS)
       for dtype in ('float32', 'bfloat16')
     )
-    variables = random_variables(full)
+    variables = fixed.random_variables(full)
     images = np.random.default_rng(0).normal(size=(4, 8, 8, 3))
     logits = [
       jax.jit(
@@ -416,7 +307,7 @@ class OptionsTest(parameterized.TestCase):
   def test_dropout_drops_features_with_a_key_and_keeps_their_mean(self):
     model = create_abstract(dropout_rate=0.25, **OPTIONS)
     architecture = models.Architecture(model)
-    variables = random_variables(model)
+    variables = fixed.random_variables(model)
     # Logits are linear in the dropped features.
     images = np.random.default_rng(0).normal(size=(1, 8, 8, 3))
     features = jax.jit(
@@ -475,9 +366,11 @@ class OptionsTest(parameterized.TestCase):
 
 class RefusalTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    ('decreasing', dict(widths=(8, 4)), 'must be one or more, strictly'),
-    ('repeated', dict(widths=(8, 8)), 'must be one or more, strictly'),
-    ('none', dict(widths=()), 'must be one or more, strictly'),
+    ('decreasing', dict(widths=(8, 4)), r'list width=\(8, 4\): .*narrowest'),
+    ('none', dict(widths=()), r'list width=\(\): expected one or more'),
+    ('zero', dict(widths=(0, 8)), r'list width=\(0, 8\): .*positive numbers'),
+    ('kernels', dict(widths=(8,), kernels=(5, 3)), r'list kernel=\(5, 3\): '),
+    ('even', dict(widths=(8,), kernels=(3, 4)), r'\(3, 4\) must be odd'),
     ('depth', dict(widths=(8,), depth=0), 'depth >= 1 and stride 1 or 2'),
     ('stride', dict(widths=(8,), stride=3), 'depth >= 1 and stride 1 or 2'),
   )
@@ -488,10 +381,23 @@ class RefusalTest(parameterized.TestCase):
   def create(self, **options):
     return create_abstract(**{**OPTIONS, **options})
 
-  def test_stages_of_unequal_numbers_of_buckets_are_refused(self):
-    stages = (*OPTIONS['stages'][:2], dict(widths=(12, 16)))
-    with pytest.raises(ValueError, match='Stage 2 has 2 widths.* needs 3, one'):
-      self.create(stages=stages)
+  @parameterized.named_parameters(
+    ('widths', dict(widths=(12, 16))),
+    ('kernels', dict(widths=(8, 12, 16), kernels=(3, 5))),
+  )
+  def test_stages_of_unequal_numbers_of_buckets_are_refused(self, stage):
+    message = r'one entry a bucket.*stage 1: width=\(8, 12, 16\), .*stage 2: '
+    with pytest.raises(ValueError, match=message):
+      self.create(stages=(*OPTIONS['stages'][:2], stage))
+
+  def test_lists_of_one_entry_alone_are_refused(self):
+    with pytest.raises(ValueError, match=r'stage 0: width=\(8,\), kernel=\(3,'):
+      create_abstract(stem_widths=(8,), stages=[dict(widths=[8])], gate_stage=0)
+
+  def test_buckets_that_are_alike_are_refused(self):
+    stages = (dict(widths=(8, 8, 12)), dict(widths=(8, 8, 16)))
+    with pytest.raises(ValueError, match='Two of these 3 buckets are alike'):
+      self.create(stages=stages, gate_stage=0)
 
   @parameterized.parameters(-1, 3)
   def test_gate_outside_the_stages_is_refused(self, gate_stage):

@@ -19,7 +19,7 @@ def cosine(step, num_steps, warmup, peak, end):
 
 def random_params(seed):
   rng = np.random.default_rng(seed)
-  shapes = {'kernel': (3, 2), 'conv': (3, 3, 2, 2), 'bias': (2,)}
+  shapes = {'kernel': (3, 2), 'a/kernel': (3, 3, 2, 2), 'bias': (2,)}
   return {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
 
 

@@ -378,3 +378,34 @@ class BfloatTest(SupernetTestCase):
       (np.asarray(state.variables.params[path]) != array).any()
       for path, array in self.variables.params.items()
     )
+
+
+class MultiViewTest(SupernetTestCase):
+  """The teacher sees one view, the students the other."""
+
+  config = dict(num_random=1, ensemble=True, multi_view=True)
+
+  def test_teacher_and_students_see_different_views(self):
+    other = self.batch['images'] // 8  # far darker
+    batch = {**self.batch, 'teacher_images': other}
+    metrics = self.gradient((2,), batch=batch)[2]
+    images, labels = batch['images'], batch['labels']
+    teachers = [softmax(self.logits(self.teacher, other, i)) for i in (3, 2)]
+    targets = {2: teachers[0], 0: (teachers[0] + teachers[1]) / 2}
+    for index, target in targets.items():
+      logits = self.logits(self.variables, images, index, momentum=0.1)
+      expected = soft_cross_entropy(logits, target)
+      np.testing.assert_allclose(
+        metrics[f'loss/{index}'], expected, rtol=1e-5, err_msg=str(index)
+      )
+    # The widest learns from the labels, on the students' view.
+    one_hot = np.eye(3)[labels] * (1 - SMOOTHING) + SMOOTHING / 3
+    logits = self.logits(
+      self.variables, images, 3, key=jax.random.key(0), momentum=0.1
+    )
+    np.testing.assert_allclose(
+      metrics['loss/widest'], soft_cross_entropy(logits, one_hot), rtol=1e-5
+    )
+    # One view for both would be another loss.
+    same = {**self.batch, 'teacher_images': images}
+    assert abs(self.gradient((2,), batch=same)[2]['loss/0'] - expected) > 1e-4

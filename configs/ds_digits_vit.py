@@ -1,0 +1,67 @@
+"""DS-ViT on scikit-learn's digits, both stages: a run of minutes.
+
+    python -m ds_jax.main --config=configs/ds_digits_vit.py \
+        --workdir=runs/digits_vit
+
+Time: not yet run. Expected: not yet run.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the experiment: every number that a reader may want to change."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(
+    name='ds_vit_cifar',
+    num_classes=10,
+    patch_size=8,  # 16 tokens
+    slicing='idle',
+    drop_path_rate=0.1,
+    dropout_rate=0.0,
+    dtype='float32',
+  )
+  config.init = dict(
+    checkpoint=config_dict.placeholder(str),  # a workdir or a weights file
+    sort_channels=config_dict.placeholder(str),
+  )
+  config.dataset = dict(
+    name='digits',
+    data_dir='',  # of TFDS copies; the embedded data need none
+    image_size=32,
+    batch_size=64,
+    crop='pad',
+    crop_padding=2,
+    flip=False,
+    num_threads=1,
+  )
+  config.supernet = dict(
+    num_epochs=45.0,
+    num_random=1,  # random sub-networks a step, beside widest and narrowest
+    ensemble=False,
+    multi_view=True,
+    optimizer=dict(
+      name='adamw',
+      learning_rate=2e-3,
+      weight_decay=0.05,
+      warmup_epochs=3.0,
+      clip_norm=1.0,
+    ),
+    ema_decay=0.98,
+    label_smoothing=0.1,
+    accumulation_steps=1,
+  )
+  config.calibrate = dict(num_batches=20)
+  config.gate = dict(
+    num_epochs=15.0,
+    optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
+    target_madds=5e6,
+    price_rate=0.1,
+    hard_images='try_best',
+  )
+  config.checkpoint = dict(every_steps=200, keep_last=2, keep_best=1)
+  config.log_every_steps = 50
+  config.eval_every_epochs = 10.0
+  return config

@@ -1,0 +1,72 @@
+"""DS-ViT on Fashion-MNIST, both stages.
+
+    python -m ds_jax.main --config=configs/ds_vit_fashion_mnist.py \
+        --workdir=runs/fashion_vit --config.dataset.name=idx:DIR
+
+DIR holds the four IDX files; on Debian the package `dataset-fashion-mnist`
+installs them in the folder that is the default here. Time: not yet run.
+Expected: not yet run.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the experiment: every number that a reader may want to change."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = dict(
+    name='ds_vit_cifar',
+    num_classes=10,
+    image_size=28,
+    patch_size=7,  # 16 tokens
+    slicing='idle',
+    drop_path_rate=0.1,  # stochastic depth, in the widest's pass alone
+    dropout_rate=0.0,
+    dtype='float32',
+  )
+  config.init = dict(
+    checkpoint=config_dict.placeholder(str),  # a workdir or a weights file
+    sort_channels=config_dict.placeholder(str),
+  )
+  config.dataset = dict(
+    name='idx:/usr/share/datasets/fashion-mnist',
+    data_dir='',  # of TFDS copies; idx:DIR has its own
+    image_size=28,  # the images' own: resizing would only cost time
+    batch_size=128,
+    crop='pad',
+    crop_padding=2,
+    flip=True,
+    num_threads=1,
+  )
+  config.supernet = dict(
+    num_epochs=10.0,
+    num_random=1,  # random sub-networks a step, beside widest and narrowest
+    ensemble=False,
+    multi_view=True,  # teacher and students see different views
+    optimizer=dict(
+      name='adamw',
+      learning_rate=2e-3,
+      weight_decay=0.05,
+      warmup_epochs=0.5,
+      warmup_init=1e-6,
+      end_factor=0.01,
+      clip_norm=1.0,
+    ),
+    ema_decay=0.99,
+    label_smoothing=0.1,
+    accumulation_steps=1,
+  )
+  config.calibrate = dict(num_batches=50)
+  config.gate = dict(
+    num_epochs=3.0,
+    optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
+    target_madds=5e6,  # 57% of the widest's
+    price_rate=0.1,
+    hard_images='try_best',
+  )
+  config.checkpoint = dict(every_steps=468, keep_last=2, keep_best=1)
+  config.log_every_steps = 100
+  config.eval_every_epochs = 2.0
+  return config

@@ -1,0 +1,135 @@
+"""What the families share: a trunk for every image, a branch for each bucket.
+
+Axes: N batch, H, W, C channels, K buckets.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ds_jax import validation
+from ds_jax.models import subnet as subnets
+
+Features = Any
+
+
+class SlicedNetwork(nnx.Module):
+  """A supernet; `model(images, subnet)` runs one sub-network of it.
+
+  A family is `trunk`, `gate_logits`, `branch` and `cost`.
+
+  Attributes:
+    routing_space: the buckets, cheapest first.
+    narrowest: the first bucket.
+    widest: every slice full; a bucket only if the whole trunk has one slice.
+    num_classes: outputs of the classifier.
+    dtype: what activations are computed in.
+  """
+
+  def __init__(
+    self,
+    routing_space: tuple[subnets.Subnet, ...],
+    widest: subnets.Subnet,
+    *,
+    num_classes: int,
+    dropout_rate: float,
+    dtype: str,
+  ):
+    validation.check_choice('dtype', dtype, ('float32', 'bfloat16'))
+    self.routing_space = routing_space
+    self.narrowest = routing_space[0]
+    self.widest = widest
+    self.num_classes = num_classes
+    self.dtype = dtype
+    self._dropout_rate = dropout_rate
+    # Rows of batch statistics: the trunk tells apart two sub-networks at
+    # most, the rest tells apart all.
+    self._trunk_rows = 1 if widest in routing_space else 2
+    self._branch_rows = widest.index + 1
+
+  def __call__(
+    self,
+    images: jax.Array,
+    subnet: subnets.Subnet,
+    *,
+    momentum: float | jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Runs one sub-network.
+
+    Args:
+      images: (N, H, W, 3) float, normalised.
+      subnet: one of `routing_space`, or `widest`.
+      momentum: None for inference; for training, the share of the batch in the
+        running statistics (see `SlicedBatchNorm`).
+      rng: a key for dropout and stochastic depth; None drops nothing.
+
+    Returns:
+      Logits (N, num_classes), float32.
+    """
+    features = self.trunk(images, subnet, momentum=momentum, rng=rng)
+    return self.branch(features, subnet, momentum=momentum, rng=rng)
+
+  def trunk(
+    self,
+    images: jax.Array,
+    subnet: subnets.Subnet | None = None,
+    *,
+    momentum: float | jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> Features:
+    """Runs the part that all buckets share, up to the gate.
+
+    Args:
+      images: (N, H, W, 3) float, normalised.
+      subnet: None means the narrowest, as for every bucket.
+      momentum: as in `__call__`.
+      rng: as in `__call__`.
+
+    Returns:
+      The gate's features (N, h, w, c), or tokens (N, T, D).
+    """
+    raise NotImplementedError
+
+  def gate_logits(self, features: Features) -> jax.Array:
+    """Returns the slimming head's logits (N, K) of the trunk's features."""
+    raise NotImplementedError
+
+  def branch(
+    self,
+    features: Features,
+    subnet: subnets.Subnet,
+    *,
+    momentum: float | jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Runs the rest, from the gate's features to logits."""
+    raise NotImplementedError
+
+  def cost(self, subnet: subnets.Subnet, image_size: int) -> subnets.Cost:
+    """Returns what one image of `image_size` pixels a side costs."""
+    raise NotImplementedError
+
+  def _prepare(self, images: jax.Array) -> jax.Array:
+    """Checks images and casts them."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+      raise ValueError(
+        f'Images of shape {images.shape}: expected (N, H, W, 3), NHWC.'
+      )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      raise ValueError(
+        f'Images of dtype {images.dtype}: expected normalised floats; see'
+        ' ds_jax.data.normalize.'
+      )
+    return images.astype(self.dtype)
+
+  def _dropout(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+    if rng is None or not self._dropout_rate:
+      return x
+    keep = jax.random.bernoulli(rng, 1 - self._dropout_rate, x.shape)
+    return jnp.where(keep, x / (1 - self._dropout_rate), 0.0)
+
+  def _trunk_row(self, subnet: subnets.Subnet) -> int:
+    return 0 if subnet.index < len(self.routing_space) else 1
