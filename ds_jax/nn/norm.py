@@ -111,7 +111,10 @@ class SlicedLayerNorm(nnx.Module):
         f' {self.scale.shape[0]}.'
       )
     scale, bias = self.scale[:width], self.bias[:width]
-    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=self.epsilon)
+    y = x.astype(jnp.float32)
+    # Not the default, a difference of two means, which a large mean cancels.
+    variance = y.var(-1, keepdims=True)
+    y = jax.nn.standardize(y, variance=variance, epsilon=self.epsilon)
     shape = (1,) * (x.ndim - 1) + (width,)
     return (y * scale.reshape(shape) + bias.reshape(shape)).astype(x.dtype)
 

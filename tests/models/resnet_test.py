@@ -212,7 +212,10 @@ class SubnetTest(parameterized.TestCase):
     cls.model = create_abstract(**OPTIONS)
     rng = np.random.default_rng(1)
     cls.images = rng.normal(size=(4, 19, 16, 3)).astype(np.float32)
-    cls.comparison = fixed.Comparison(cls.model, fixed_network, cls.images)
+    # With this seed no array is behind dead ReLUs alone.
+    cls.comparison = fixed.Comparison(
+      cls.model, fixed_network, cls.images, seed=1
+    )
     cls.variables = cls.comparison.variables
     cls.architecture = cls.comparison.architecture
     cls.subnets = named_subnets(cls.model, SUBNETS)
@@ -222,7 +225,7 @@ class SubnetTest(parameterized.TestCase):
   # make some tens of times larger.
   @parameterized.named_parameters((s[0], *s) for s in SUBNETS)
   def test_slice_equals_the_fixed_network(self, name, stem, blocks, rows):
-    for momentum, tolerance in ((None, 3e-5), (0.1, 3e-4)):
+    for momentum, tolerance in ((None, 1e-5), (0.1, 1e-4)):
       self.comparison.assert_equal(
         self.subnets[name],
         strides(blocks),
@@ -289,7 +292,7 @@ class SmallImagesTest(parameterized.TestCase):
 
   @parameterized.named_parameters((s[0], *s) for s in SMALL_SUBNETS)
   def test_slice_equals_the_fixed_network(self, name, stem, blocks, rows):
-    for momentum, tolerance in ((None, 3e-5), (0.1, 3e-4)):
+    for momentum, tolerance in ((None, 1e-5), (0.1, 1e-4)):
       self.comparison.assert_equal(
         self.subnets[name],
         strides(blocks),

@@ -30,7 +30,9 @@ IDLE = dict(
   BASE,
   stages=(
     dict(widths=(8, 12), heads=(1, 2), hidden=(8, 12), depths=(1, 2)),
-    dict(widths=(4, 8, 12), heads=(1, 1, 2), hidden=(4, 8, 8), depths=(1, 2, 2)),
+    dict(
+      widths=(4, 8, 12), heads=(1, 1, 2), hidden=(4, 8, 8), depths=(1, 2, 2)
+    ),
     dict(widths=(8, 12, 12), heads=(1, 2, 3), hidden=(6, 8, 12), depths=(1,)),
   ),
 )
@@ -417,9 +419,7 @@ class IdleChannelsTest(parameterized.TestCase):
 
 class StochasticDepthTest(parameterized.TestCase):
   def test_each_update_of_each_sample_is_dropped_or_scaled(self):
-    block = vit.Block(
-      8, 2, 8, head_dim=HEAD, drop_rate=0.25, rngs=nnx.Rngs(0)
-    )
+    block = vit.Block(8, 2, 8, head_dim=HEAD, drop_rate=0.25, rngs=nnx.Rngs(0))
     stage = models.StageSlice(width=8, heads=2, hidden=8)
     x = np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)
     found = block(np.repeat(x, 400, axis=0), stage, jax.random.key(0))
@@ -463,9 +463,9 @@ class StochasticDepthTest(parameterized.TestCase):
     model, variables = self.make_marked(drop_path_rate=0.4)
     images = np.zeros((4096, 8, 8, 3), np.float32)
     trunk = jax.jit(
-      lambda images, rng: models.Architecture(model)
-      .bind(variables)
-      .trunk(images, rng=rng)
+      lambda images, rng: (
+        models.Architecture(model).bind(variables).trunk(images, rng=rng)
+      )
     )
     dropped = trunk(images, jax.random.key(0))
     # Without a key every update adds one.
@@ -508,9 +508,7 @@ class StochasticDepthTest(parameterized.TestCase):
         chances[first, second] = np.asarray(matches)
     assert sum(c.sum() for c in chances.values()) == 4096
     for (first, second), matches in chances.items():
-      self.assert_share(
-        matches, (0.4, 0.6)[first] * (0.4, 0.6)[second]
-      )
+      self.assert_share(matches, (0.4, 0.6)[first] * (0.4, 0.6)[second])
 
   def test_without_a_rate_a_key_changes_nothing(self):
     model, variables = self.make_marked()
@@ -561,7 +559,7 @@ class RefusalTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ('slicing', dict(slicing='masked'), "slicing='masked': expected 'idle' or"),
-    ('pooling', dict(pooling='max'), "pooling='max': expected 'class_token' or"),
+    ('pooling', dict(pooling='max'), "pooling='max': expected 'class_token'"),
     ('patches', dict(image_size=10), 'image_size=10 is no multiple of patch_s'),
     ('gate', dict(gate_stage=3), 'gate_stage=3 is not one of the 3 stages'),
     ('gate_pooling', dict(gate_pooling='max'), "gate_pooling='max': expected"),

@@ -1,8 +1,9 @@
-"""Tests of the double-headed gate against its formula in NumPy."""
+"""Tests of the gates against their formulas in NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from flax import nnx
 
@@ -11,9 +12,14 @@ from ds_jax import nn
 WIDTH, REDUCED, BUCKETS = 12, 3, 4
 
 
-def make_gate(num_buckets=BUCKETS):
+def make_gate(num_buckets=BUCKETS, **options):
   """A gate of random parameters, and the parameters."""
-  gate = nn.DoubleHeadedGate(WIDTH, num_buckets, rngs=nnx.Rngs(0))
+  return randomize(
+    nn.DoubleHeadedGate(WIDTH, num_buckets, rngs=nnx.Rngs(0), **options)
+  )
+
+
+def randomize(gate):
   rng = np.random.default_rng(0)
   graph, params = nnx.split(gate)
   params = jax.tree.map(
@@ -54,6 +60,37 @@ class DoubleHeadedGateTest(parameterized.TestCase):
     assert expected.shape == (5, BUCKETS) and (expected != 0).any()
     np.testing.assert_allclose(gate.logits(x), expected, rtol=1e-5, atol=1e-6)
 
+  @parameterized.parameters(1, 8, 12)
+  def test_attention_of_one_plus_tanh_equals_its_formula(self, width):
+    gate, params = make_gate(activation='one_plus_tanh')
+    x = make_input(width)
+    kernel, bias = params['expand']['kernel'], params['expand']['bias']
+    logits = reduced(x, params) @ kernel[:, :width] + bias[:width]
+    expected = x * (1 + np.tanh(logits[:, None, None]))
+    found = gate.attention(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+  def test_attention_of_one_plus_tanh_starts_as_the_identity(self):
+    gate = nn.DoubleHeadedGate(
+      WIDTH, activation='one_plus_tanh', rngs=nnx.Rngs(0)
+    )
+    for dtype in (jnp.float32, jnp.bfloat16):
+      x = jnp.asarray(make_input(8), dtype)
+      np.testing.assert_array_equal(gate.attention(x), x)
+
+    # It can leave the identity: the reduction is not zero.
+    graph, params = nnx.split(gate)
+
+    def loss(params):
+      return (nnx.merge(graph, params).attention(make_input(WIDTH)) ** 2).sum()
+
+    gradient = jax.grad(loss)(params)
+    assert np.asarray(gradient['expand']['kernel'][...]).any()
+
+  def test_attention_of_the_sigmoid_starts_with_a_kernel(self):
+    gate = nn.DoubleHeadedGate(WIDTH, rngs=nnx.Rngs(0))
+    assert np.asarray(gate.expand.kernel[...]).all()
+
   def test_reduction_is_a_quarter_of_the_full_width(self):
     gate, params = make_gate()
     assert gate.reduced(make_input(8)).shape == (5, REDUCED)
@@ -76,3 +113,95 @@ class DoubleHeadedGateTest(parameterized.TestCase):
     expected = reduced(np.asarray(x), params) @ params['slim']['kernel']
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
     assert gate.attention(x).dtype == jnp.bfloat16
+
+
+def pool(x, pooling):
+  """The statistics of x (N, positions, C) that a slimming gate reads."""
+  x = x.astype(np.float64)
+  mean, deviation = x.mean(1), np.sqrt(x.var(1) + 1e-6)
+  if pooling == 'mean':
+    return mean
+  return np.concatenate([mean, x.max(1), deviation], axis=1)
+
+
+def make_slimming_gate(pooling):
+  return randomize(
+    nn.SlimmingGate(WIDTH, BUCKETS, hidden=6, pooling=pooling, rngs=nnx.Rngs(0))
+  )
+
+
+def slimming_logits(x, params, pooling):
+  kernel, bias = params['reduce']['kernel'], params['reduce']['bias']
+  hidden = np.maximum(pool(x, pooling) @ kernel + bias, 0)
+  return hidden @ params['head']['kernel']
+
+
+class SlimmingGateTest(parameterized.TestCase):
+  @parameterized.parameters('mean', 'mean_max_std')
+  def test_logits_of_tokens_equal_their_formula(self, pooling):
+    gate, params = make_slimming_gate(pooling)
+    x = make_input(WIDTH).reshape(5, 6, WIDTH)
+    expected = slimming_logits(x, params, pooling)
+    assert expected.shape == (5, BUCKETS) and (expected != 0).all()
+    np.testing.assert_allclose(gate(x), expected, rtol=1e-5, atol=1e-5)
+
+  @parameterized.parameters('mean', 'mean_max_std')
+  def test_pixels_are_pooled_like_tokens(self, pooling):
+    gate, _ = make_slimming_gate(pooling)
+    x = make_input(WIDTH)
+    np.testing.assert_array_equal(gate(x), gate(x.reshape(5, 6, WIDTH)))
+
+  def test_order_of_tokens_does_not_matter(self):
+    gate, _ = make_slimming_gate('mean_max_std')
+    x = make_input(WIDTH).reshape(5, 6, WIDTH)
+    np.testing.assert_allclose(
+      gate(x[:, [3, 1, 5, 0, 2, 4]]), gate(x), rtol=1e-5, atol=1e-5
+    )
+
+  @parameterized.parameters(('mean', 12), ('mean_max_std', 36))
+  def test_parameters_are_the_reduction_and_the_head(self, pooling, inputs):
+    _, params = make_slimming_gate(pooling)
+    shapes = jax.tree.map(np.shape, params)
+    assert shapes == {
+      'reduce': {'kernel': (inputs, 6), 'bias': (6,)},
+      'head': {'kernel': (6, BUCKETS)},
+    }
+
+  def test_fresh_gate_prefers_no_bucket_and_can_learn(self):
+    gate = nn.SlimmingGate(
+      WIDTH, BUCKETS, hidden=6, pooling='mean_max_std', rngs=nnx.Rngs(0)
+    )
+    assert (np.asarray(gate(make_input(WIDTH))) == 0).all()
+    graph, params = nnx.split(gate)
+
+    def loss(params):
+      return nnx.merge(graph, params)(make_input(WIDTH))[:, 0].sum()
+
+    gradient = jax.grad(loss)(params)
+    assert np.asarray(gradient['head']['kernel'][...])[:, 0].any()
+
+  def test_features_that_do_not_vary_have_a_finite_gradient(self):
+    gate, params = make_slimming_gate('mean_max_std')
+    x = np.ones((2, 6, WIDTH), np.float32)
+    np.testing.assert_allclose(
+      gate(x), slimming_logits(x, params, 'mean_max_std'), rtol=1e-5, atol=1e-5
+    )
+    gradient = jax.grad(lambda x: gate(x).sum())(x)
+    assert np.isfinite(gradient).all() and gradient.any()
+
+  def test_bfloat16_features_give_float32_logits(self):
+    gate, params = make_slimming_gate('mean_max_std')
+    x = jnp.asarray(make_input(WIDTH).reshape(5, 6, WIDTH), jnp.bfloat16)
+    logits = gate(x)
+    assert logits.dtype == jnp.float32
+    expected = slimming_logits(np.asarray(x), params, 'mean_max_std')
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+  def test_wider_features_are_refused(self):
+    gate, _ = make_slimming_gate('mean_max_std')
+    with pytest.raises(ValueError, match='Slice 39 -> 6 does not fit a dense'):
+      gate(make_input(13))
+
+  def test_other_pooling_is_refused(self):
+    with pytest.raises(ValueError, match="gate_pooling='max': expected 'mean'"):
+      make_slimming_gate('max')

@@ -1,4 +1,4 @@
-"""Tests of the sliced batch norm against NumPy."""
+"""Tests of the sliced norms against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -150,3 +150,91 @@ class SlicedBatchNormTest(parameterized.TestCase):
   def test_misfits_are_refused(self, width, row):
     with pytest.raises(ValueError, match=f'{width} channels, row {row}, does'):
       make_norm()(make_input(2, width), row)
+
+
+def make_layer_norm():
+  rng = np.random.default_rng(0)
+  norm = nn.SlicedLayerNorm(WIDTH)
+  norm.scale[...] = jnp.asarray(rng.uniform(0.5, 2, WIDTH), jnp.float32)
+  norm.bias[...] = jnp.asarray(rng.normal(size=WIDTH), jnp.float32)
+  arrays = {
+    n: np.array(getattr(norm, n)[...], np.float64) for n in ('scale', 'bias')
+  }
+  return norm, arrays
+
+
+def layer_normalize(x, arrays):
+  """The formula in float64, over x's width, and what it divides by."""
+  width, x = x.shape[-1], np.asarray(x, np.float64)
+  deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+  unit = (x - x.mean(-1, keepdims=True)) / deviation
+  return unit * arrays['scale'][:width] + arrays['bias'][:width]
+
+
+class SlicedLayerNormTest(parameterized.TestCase):
+  @parameterized.product(width=(2, 3, 5), shape=((2, 3), (7,), (2, 3, 4)))
+  def test_slice_normalises_itself_alone(self, width, shape):
+    norm, arrays = make_layer_norm()
+    x = make_input(*shape, width)
+    expected = layer_normalize(x, arrays)
+    np.testing.assert_allclose(norm(x), expected, **TOLERANCE)
+
+  def test_rows_of_one_value_give_the_bias(self):
+    norm, arrays = make_layer_norm()
+    found = norm(np.full((2, 4), 3, np.float32))
+    np.testing.assert_allclose(found, [arrays['bias'][:4]] * 2, rtol=1e-6)
+
+  def test_large_means_lose_no_variance(self):
+    norm, arrays = make_layer_norm()
+    # A float32 near 1,000 is rounded to 1 / 16,384, and so is the mean.
+    x = make_input(4, WIDTH) + np.float32(1000)
+    expected = layer_normalize(x, arrays)
+    np.testing.assert_allclose(norm(x), expected, rtol=0, atol=2e-4)
+
+  @parameterized.parameters(2, 3, 5)
+  def test_gradient_is_that_of_the_formula(self, width):
+    norm, arrays = make_layer_norm()
+    graph, params = nnx.split(norm)
+    x = make_input(4, width)
+    dy = np.random.default_rng(2).normal(size=x.shape)
+
+    def loss(x, params):
+      return (nnx.merge(graph, params)(x) * dy.astype(np.float32)).sum()
+
+    dx, dparams = jax.grad(loss, argnums=(0, 1))(x, params)
+    # With u the unit values and g the gradient to them, the gradient to x is
+    # (g - mean(g) - u * mean(g * u)) / deviation.
+    deviation = np.sqrt(x.astype(np.float64).var(-1, keepdims=True) + 1e-6)
+    unit = (x - x.astype(np.float64).mean(-1, keepdims=True)) / deviation
+    g = dy * arrays['scale'][:width]
+    mean, product = (v.mean(-1, keepdims=True) for v in (g, g * unit))
+    expected = (g - mean - unit * product) / deviation
+    np.testing.assert_allclose(dx, expected, rtol=1e-4, atol=2e-6)
+    for name, value in (('scale', dy * unit), ('bias', dy)):
+      gradient = np.asarray(dparams[name][...])
+      np.testing.assert_allclose(gradient[:width], value.sum(0), rtol=1e-5)
+      assert (gradient[width:] == 0).all()
+
+  def test_bfloat16_is_computed_in_float32(self):
+    norm, arrays = make_layer_norm()
+    x = jnp.asarray(make_input(8, WIDTH), jnp.bfloat16)
+    y = norm(x)
+    assert y.dtype == jnp.bfloat16 and norm.scale.dtype == jnp.float32
+    # One rounding to 8 bits, at the end.
+    np.testing.assert_allclose(
+      np.asarray(y, np.float64),
+      layer_normalize(np.asarray(x, np.float64), arrays),
+      rtol=2**-8,
+      atol=1e-5,
+    )
+
+  def test_fresh_norm_is_the_plain_one(self):
+    norm = nn.SlicedLayerNorm(WIDTH)
+    x = make_input(4, 3)
+    expected = layer_normalize(x, {'scale': np.ones(5), 'bias': np.zeros(5)})
+    np.testing.assert_allclose(norm(x), expected, **TOLERANCE)
+
+  def test_wider_input_is_refused(self):
+    norm, _ = make_layer_norm()
+    with pytest.raises(ValueError, match='6 channels does not fit a layer'):
+      norm(make_input(2, 6))

@@ -248,3 +248,51 @@ def test_evaluating_nothing_is_refused_and_makes_nothing(config, tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match='No checkpoints in'):
     loop.evaluate_only(config, tmp_path / 'nothing')
   assert not (tmp_path / 'nothing').exists()
+
+
+def test_a_run_starts_from_another_s_network(finished, config, tmp_path):
+  """Finetuning: one field; another number of classes gets a fresh head."""
+  _, pretrained, _ = finished
+  config.init = dict(checkpoint=str(pretrained))
+  with loop.Run(config, tmp_path / 'same') as run:
+    _, state = run.start()
+  source = checkpoint.restore(checkpoint.directory_of(pretrained)).tree
+  for path, array in source['network']['params'].items():
+    np.testing.assert_array_equal(state.variables.params[path], array, path)
+  for path, array in source['network']['batch_stats'].items():
+    np.testing.assert_array_equal(state.variables.batch_stats[path], array)
+
+  config.model.num_classes = 10
+  config.dataset.name = 'digits'
+  with loop.Run(config, tmp_path / 'other') as run:
+    _, state = run.start()
+  params = source['network']['params']
+  assert state.variables.params['classifier/kernel'].shape == (12, 10)
+  for path, array in params.items():
+    if not path.startswith('classifier'):
+      np.testing.assert_array_equal(state.variables.params[path], array, path)
+
+
+@pytest.mark.parametrize(
+  ('checkpoint_name', 'message'),
+  [
+    ('nothing', r'init.checkpoint=.*nothing'),
+    ('other', r'holds a ds_mobilenet_tiny, but config.model.name=ds_mobilenet'),
+  ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+  config, tmp_path, checkpoint_name, message
+):
+  other = tmp_path / 'other'
+  with checkpoint.Checkpointer(checkpoint.directory_of(other)) as saver:
+    saver.save(
+      0,
+      {'network': {'params': {'x': np.zeros(2)}}},
+      {'stage': 'gate', 'model': {'name': 'ds_mobilenet_tiny'}},
+    )
+  config.init = dict(checkpoint=str(tmp_path / checkpoint_name))
+  with (
+    loop.Run(config, tmp_path / 'run') as run,
+    pytest.raises(experiment.ConfigError, match=message),
+  ):
+    run.start()

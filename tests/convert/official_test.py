@@ -3,20 +3,17 @@
 That the weights mean the same here is held by golden_test.
 """
 
-import argparse
-import importlib.util
 import pathlib
-import tempfile
 
 import numpy as np
 import pytest
 from absl.testing import parameterized
 
-import ds_jax
 from ds_jax import convert, models
+from models import fixed
 
 GOLDEN = dict(
-  np.load(pathlib.Path(__file__).parent / 'official_dsnet_tiny.npz')
+  np.load(pathlib.Path(__file__).parents[1] / 'official_dsnet_tiny.npz')
 )
 STATE = {
   name.removeprefix('state/'): array
@@ -38,8 +35,11 @@ class TorchLike:
   def cpu(self):
     return TorchLike(self._array, self._place + ', cpu')
 
+  def float(self):
+    return TorchLike(self._array, self._place + ', float32')
+
   def numpy(self):
-    assert self._place == 'accelerator, detached, cpu'
+    assert self._place == 'accelerator, detached, cpu, float32'
     return self._array
 
   def __array__(self, *args, **kwargs):
@@ -166,68 +166,18 @@ class FromOfficialTest(parameterized.TestCase):
       'unknown: conv_head.weight',
     ]
 
-  def test_another_number_of_classes_is_refused(self):
-    with pytest.raises(ValueError, match='widths and num_classes') as raised:
+  def test_other_classes_get_a_fresh_classifier(self):
+    model = create_model(num_classes=7)
+    model = models.Architecture(model).bind(fixed.random_variables(model))
+    with self.assertLogs('absl', 'WARNING') as logs:
+      found = convert.from_official(STATE, model)
+    assert 'of 10 classes and the model of 7' in logs.output[0]
+    found = models.variables_of(found)
+    expected = converted(STATE)
+    for path in ('classifier/kernel', 'classifier/bias'):
+      expected.params[path] = models.variables_of(model).params[path]
+    assert_equal_variables(found, expected)
+
+  def test_an_abstract_model_has_no_classifier_to_keep(self):
+    with pytest.raises(ValueError, match="its own .'classifier/bias'.*create"):
       convert.from_official(STATE, create_model(num_classes=7))
-    assert str(raised.value).count('shape of classifier.') == 2
-
-
-class CommandTest(parameterized.TestCase):
-  """`python -m ds_jax.convert`, where PyTorch is installed."""
-
-  def setUp(self):
-    super().setUp()
-    self.torch = pytest.importorskip('torch')
-    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-  def release_state(self):
-    """A state with the release's names and shapes, and random weights."""
-    generator = np.random.default_rng(0)
-    sources = convert._official_sources(
-      models.create_abstract_model('ds_mobilenet')
-    )
-    return {
-      name: self.torch.from_numpy(
-        np.abs(0.1 * generator.normal(size=shape)).astype(np.float32)
-      )
-      for source in sources.values()
-      for name, shape in zip(source.names, source.shapes, strict=True)
-    }
-
-  def test_a_file_becomes_a_checkpoint_that_predicts(self):
-    state = self.release_state()
-    path = self.folder / 'DS_MBNet-70_1.pth.tar'
-    content = {
-      'epoch': 1,
-      'args': argparse.Namespace(lr=0.1),
-      'state_dict': state,
-    }
-    self.torch.save(content, path)
-    output = self.folder / 'run'
-    convert.main([f'--input={path}', f'--output={output}'])
-    predictor = ds_jax.Predictor.restore(output)
-    np.testing.assert_array_equal(
-      predictor.model.classifier.kernel[...], state['classifier.weight'].T
-    )
-    images = np.zeros((1, 32, 32, 3), np.uint8)
-    assert predictor(images).logits.shape == (1, 1000)
-
-  def test_what_does_not_fit_ends_in_one_message(self):
-    state = self.release_state()
-    del state['classifier.bias']
-    state['classifier.weight'] = state['classifier.weight'][:10]
-    path = self.folder / 'other.pth'
-    self.torch.save(state, path)
-    with pytest.raises(SystemExit) as stopped:
-      convert.main([f'--input={path}', f'--output={self.folder / "run"}'])
-    assert 'missing: classifier.bias' in str(stopped.value)
-    assert 'shape of classifier.weight: (10, 1152)' in str(stopped.value)
-    assert not (self.folder / 'run').exists()
-
-
-def test_a_file_needs_torch_and_says_how_to_get_it(tmp_path):
-  if importlib.util.find_spec('torch'):
-    pytest.skip('PyTorch is installed.')
-  with pytest.raises(SystemExit) as stopped:
-    convert.main([f'--input={tmp_path / "x.pth"}', f'--output={tmp_path}'])
-  assert 'pip install -e ".[torch]"' in str(stopped.value)

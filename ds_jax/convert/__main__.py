@@ -1,0 +1,5 @@
+"""`python -m ds_jax.convert`."""
+
+from ds_jax.convert import command
+
+command.main()

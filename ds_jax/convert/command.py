@@ -1,0 +1,138 @@
+"""The command: a file of weights to a checkpoint."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import serialization
+
+from ds_jax import checkpoint, data, models
+from ds_jax.convert import files, formats, importance
+
+_IMAGENET = data.channel_statistics('imagenet2012')
+
+
+def main(argv: list[str] | None = None) -> None:
+  """Converts a file."""
+  arguments = _parser().parse_args(argv)
+  try:
+    _convert(arguments)
+  except (ImportError, OSError, ValueError) as error:
+    sys.exit(f'{type(error).__name__}: {error}')
+  print(f'Wrote {arguments.output}; load it with ds_jax.Predictor.restore.')
+
+
+def _convert(arguments):
+  directory = checkpoint.directory_of(arguments.output)
+  if checkpoint.has_steps(directory):
+    raise FileExistsError(
+      f'{directory} holds checkpoints already; choose a new --output.'
+    )
+  state = files.read(arguments.input)
+  known = formats.recognise(state)
+  if arguments.sort and known.has_gate:
+    raise ValueError(
+      f'--sort={arguments.sort}: these weights are of {known.title}, whose'
+      ' slices are trained as they are; leave out --sort.'
+    )
+  name = arguments.model or known.default_model(state)
+  image_size = arguments.image_size or models.image_size(name)
+  model_arguments = {
+    'name': name,
+    'num_classes': arguments.num_classes or known.num_classes(state),
+  }
+  if known.is_vit:
+    model_arguments['image_size'] = image_size
+  model = known.load(state, models.create_model(**model_arguments))
+  if arguments.sort:
+    model = importance.sort_channels(model, arguments.sort)
+  _save(
+    model,
+    model_arguments,
+    arguments.output,
+    stage='converted' if known.has_gate else 'pretrained',
+    image_size=image_size,
+    mean=arguments.mean,
+    std=arguments.std,
+  )
+
+
+def _save(
+  model,
+  model_arguments: Mapping[str, Any],
+  output: str,
+  *,
+  stage: str,
+  image_size: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> None:
+  """Writes a checkpoint that `Predictor.restore(output)` loads."""
+  meta = {
+    'stage': stage,
+    'model': dict(model_arguments),
+    'image_size': image_size,
+    'crop_ratio': 0.875,
+    'mean': mean,
+    'std': std,
+  }
+  network = serialization.to_state_dict(models.variables_of(model))
+  with checkpoint.Checkpointer(checkpoint.directory_of(output)) as saver:
+    saver.save(0, {'network': network}, meta)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m ds_jax.convert',
+    description='Makes a checkpoint of a file of weights, those of '
+    + ', '.join(known.title for known in formats.FORMATS)
+    + '; the format is told by the names in the file.',
+  )
+  parser.add_argument(
+    '--input', required=True, help='an .npz, .safetensors or PyTorch file'
+  )
+  parser.add_argument('--output', required=True, help='the workdir to write')
+  parser.add_argument(
+    '--model',
+    choices=models.list_models(),
+    help='default: ds_mobilenet, ds_resnet50, or for a ViT of 384 or 192'
+    ' channels ds_vit_s16 or ds_vit_ti16',
+  )
+  parser.add_argument(
+    '--num_classes',
+    type=int,
+    help="default: the file's; any other starts with a fresh classifier",
+  )
+  parser.add_argument(
+    '--image_size', type=int, help="in pixels; default: the model's"
+  )
+  parser.add_argument(
+    '--sort',
+    choices=importance.IMPORTANCES,
+    help='order the channels by their importance, so that narrow networks keep'
+    ' the best; default: as they are',
+  )
+  for option, default in zip(('mean', 'std'), _IMAGENET, strict=True):
+    parser.add_argument(
+      f'--{option}',
+      type=_channels,
+      default=default,
+      help=f'the {option} that the weights were trained with, of pixel / 255:'
+      ' one number or three, as in 0.5 or 0.48,0.46,0.41; default, for every'
+      " format: ImageNet's, right for DS-Net, torchvision and DeiT. Many ViTs"
+      ' of timm and Hugging Face need 0.5.',
+    )
+  return parser
+
+
+def _channels(text: str) -> tuple[float, ...]:
+  try:
+    values = tuple(float(value) for value in text.split(','))
+  except ValueError:
+    values = ()
+  if len(values) not in (1, 3):
+    raise argparse.ArgumentTypeError(
+      f'{text!r}: expected one number or three, as in 0.48,0.46,0.41.'
+    )
+  return values if len(values) == 3 else values * 3

@@ -1,0 +1,134 @@
+"""Formats of weights, recognised by their names."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from ds_jax.convert import official, torchvision, vit
+
+_VIT_MODELS = {192: 'ds_vit_ti16', 384: 'ds_vit_s16'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """One way to name weights.
+
+  Attributes:
+    title: whose.
+    pattern: matches the beginning of names that only this format has.
+    load: takes a state and a model to a model.
+    classifier: the name, or its end, of the classifier's bias.
+    model: the model that the weights fit; None means that it depends on them.
+    has_gate: whether the slices and the gate are trained.
+    is_vit: whether the model is made for one image size.
+  """
+
+  title: str
+  pattern: str
+  load: Callable[[Mapping[str, Any], nnx.Module], nnx.Module]
+  classifier: str
+  model: str | None = None
+  has_gate: bool = False
+  is_vit: bool = False
+
+  def num_classes(self, state: Mapping[str, Any]) -> int:
+    """Returns how many classes the classifier tells apart.
+
+    Raises:
+      ValueError: if there is no classifier.
+    """
+    for name in (self.classifier, f'module.{self.classifier}'):
+      if name in state:
+        return state[name].shape[0]
+    raise ValueError(
+      f'The weights have no classifier ({self.classifier}); say for how many'
+      ' classes it shall be, as with --num_classes=1000.'
+    )
+
+  def default_model(self, state: Mapping[str, Any]) -> str:
+    """Returns the name of the model that the weights fit.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+    """
+    if self.model:
+      return self.model
+    width = vit.embedding_width(state)
+    if width not in _VIT_MODELS:
+      raise ValueError(
+        f'No model is known for a ViT of {width} channels, only of'
+        f' {sorted(_VIT_MODELS)}; choose one, as with --model=ds_vit_s16.'
+      )
+    return _VIT_MODELS[width]
+
+
+FORMATS = (
+  Format(
+    "the authors' DS-Net",
+    r'blocks\.\d+\.first_block\.',
+    official.from_official,
+    'classifier.bias',
+    'ds_mobilenet',
+    has_gate=True,
+  ),
+  Format(
+    "torchvision's ResNet-50",
+    r'layer\d+\.\d+\.conv',
+    torchvision.from_torchvision_resnet50,
+    'fc.bias',
+    'ds_resnet50',
+  ),
+  Format(
+    "timm's ViT",
+    r'blocks\.\d+\.attn\.',
+    vit.from_timm_vit,
+    'head.bias',
+    is_vit=True,
+  ),
+  Format(
+    "Hugging Face's ViT",
+    r'((vit|deit)\.)?encoder\.layer\.\d+\.attention\.attention\.',
+    vit.from_timm_vit,
+    'classifier.bias',
+    is_vit=True,
+  ),
+)
+
+
+def recognise(state: Mapping[str, Any]) -> Format:
+  """Returns the format of a state.
+
+  Raises:
+    ValueError: if it is none of those known.
+  """
+  for known in FORMATS:
+    pattern = re.compile(r'(module\.)?' + known.pattern)
+    if any(pattern.match(name) for name in state):
+      return known
+  titles = [known.title for known in FORMATS]
+  names = ', '.join(itertools.islice(state, 3)) or 'none'
+  raise ValueError(
+    f'Unknown weights, with names like these: {names}. Expected those of'
+    f' {", ".join(titles[:-1])} or {titles[-1]}.'
+  )
+
+
+def from_any(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
+  """Loads weights of whichever format their names are of.
+
+  Args:
+    state: names to arrays, as `read` returns them.
+    model: what to load into; it is not changed. See `from_official`,
+      `from_torchvision_resnet50` and `from_timm_vit`.
+
+  Returns:
+    A model with these weights.
+
+  Raises:
+    ValueError: if the names are of no known format or the weights do not fit.
+  """
+  return recognise(state).load(state, model)
