@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_threads=1,
   )
   config.supernet = dict(
-    num_epochs=45.0,
+    num_epochs=24.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     multi_view=True,

@@ -63,14 +63,12 @@ def load(
   classes = (
     state[classifier].shape[0] if classifier in state else model.num_classes
   )
-  sources = {}
-  for path, array in own.items():
-    shape = array.shape
-    if _is_classifier(path):
-      shape = (*shape[:-1], classes)
-    source = source_of(path, shape)
-    if source is not None:
-      sources[path] = source
+  shapes = {
+    path: (*a.shape[:-1], classes) if _is_classifier(path) else a.shape
+    for path, a in own.items()
+  }
+  sources = {path: source_of(path, shape) for path, shape in shapes.items()}
+  sources = {path: s for path, s in sources.items() if s is not None}
   sources = _without_absent_classifier(state, sources)
   _check_names(state, sources)
   arrays = {
