@@ -3,7 +3,11 @@
     python -m ds_jax.main --config=configs/ds_digits_resnet.py \
         --workdir=runs/digits_resnet
 
-Time: not yet run. Expected: not yet run.
+Time: 9.5 minutes on 2 CPU cores that two runs of the tests shared, 4 of them
+its own CPU time. Expected: 96.1 to 98.6 top-1 from the narrowest to the widest
+bucket; the gate sends every test image to the first, for 95% of the images that
+it learns from are easy (measured by this command, 2026-11-24, seed 0). There
+are 360 test images, and one is 0.3 points.
 """
 
 import ml_collections
@@ -36,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     num_threads=1,
   )
   config.supernet = dict(
-    num_epochs=16.0,
+    num_epochs=10.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     multi_view=False,  # teacher and students see different views

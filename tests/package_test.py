@@ -59,4 +59,4 @@ def test_summary_table_is_for_people(capsys):
   summary.main(['ds_mobilenet_tiny', '--num_classes=10'])
   out = capsys.readouterr().out
   assert 'ds_mobilenet_tiny, 32 pixels, 10 classes' in out
-  assert '16 32 48 16 32' in out
+  assert '16 kernel=3 | 32 kernel=3 | 48 kernel=3 | 16 kernel=3 | 32' in out

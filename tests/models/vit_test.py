@@ -194,18 +194,14 @@ def layer_norm(x, name, params):
 
 
 def fixed_attention(x, name, params):
-  """Every head by itself: its query, its key, its value."""
   qkv = fixed.dense(x, f'{name}/query_key_value', params)
-  outputs = []
-  for start in range(0, qkv.shape[-1], 3 * HEAD):
-    query, key, value = (
-      qkv[..., start + i * HEAD : start + (i + 1) * HEAD] for i in range(3)
-    )
-    logits = jnp.einsum('ntc,nsc->nts', query, key) / HEAD**0.5
-    weights = jnp.exp(logits)
-    weights /= weights.sum(-1, keepdims=True)
-    outputs.append(jnp.einsum('nts,nsc->ntc', weights, value))
-  return fixed.dense(jnp.concatenate(outputs, -1), f'{name}/project', params)
+  # The columns are a query, a key and a value for each head in turn.
+  heads = qkv.reshape(*x.shape[:2], -1, 3, HEAD)
+  query, key, value = (heads[:, :, :, i] for i in range(3))
+  weights = jnp.exp(jnp.einsum('nthc,nshc->nhts', query, key) / HEAD**0.5)
+  weights /= weights.sum(-1, keepdims=True)
+  y = jnp.einsum('nhts,nshc->nthc', weights, value)
+  return fixed.dense(y.reshape(*x.shape[:2], -1), f'{name}/project', params)
 
 
 def fixed_mlp(x, name, params):
