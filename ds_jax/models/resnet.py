@@ -81,6 +81,8 @@ class Stem:
   def __post_init__(self):
     object.__setattr__(self, 'widths', tuple(self.widths))
     subnets.check_lists(self)
+    if self.kernel_size % 2 == 0:
+      raise ValueError(f'The stem needs an odd kernel, got {self.kernel_size}.')
 
   @property
   def lists(self) -> Mapping[str, tuple[int, ...]]:
