@@ -56,7 +56,6 @@ def get_config() -> ml_collections.ConfigDict:
     label_smoothing=0.1,
     accumulation_steps=1,
   )
-  config.calibrate = dict(num_batches=20)
   config.gate = dict(
     num_epochs=15.0,
     optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),

@@ -15,12 +15,14 @@ from ml_collections import config_dict
 
 def get_config(dataset: str = 'cifar10') -> ml_collections.ConfigDict:
   """Returns the experiment: every number that a reader may want to change."""
-  num_classes = {'cifar10': 10, 'cifar100': 100}[dataset]
+  classes = {'cifar10': 10, 'cifar100': 100}
+  if dataset not in classes:
+    raise KeyError(f'data set {dataset}: expected cifar10 or cifar100')
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = dict(
     name='ds_resnet50',
-    num_classes=num_classes,
+    num_classes=classes[dataset],
     dropout_rate=0.0,
     dtype='float32',
   )

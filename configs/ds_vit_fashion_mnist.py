@@ -60,7 +60,6 @@ def get_config() -> ml_collections.ConfigDict:
     label_smoothing=0.1,
     accumulation_steps=1,
   )
-  config.calibrate = dict(num_batches=50)
   config.gate = dict(
     num_epochs=3.0,
     optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),

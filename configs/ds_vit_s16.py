@@ -63,7 +63,6 @@ def get_config() -> ml_collections.ConfigDict:
     label_smoothing=0.1,
     accumulation_steps=1,
   )
-  config.calibrate = dict(num_batches=100)
   config.gate = dict(
     num_epochs=10.0,
     optimizer=dict(name='adamw', learning_rate=0.003, end_factor=0.1),

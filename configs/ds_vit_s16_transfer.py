@@ -15,12 +15,14 @@ from ml_collections import config_dict
 
 def get_config(dataset: str = 'cifar10') -> ml_collections.ConfigDict:
   """Returns the experiment: every number that a reader may want to change."""
-  num_classes = {'cifar10': 10, 'cifar100': 100}[dataset]
+  classes = {'cifar10': 10, 'cifar100': 100}
+  if dataset not in classes:
+    raise KeyError(f'data set {dataset}: expected cifar10 or cifar100')
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = dict(
     name='ds_vit_s16',
-    num_classes=num_classes,
+    num_classes=classes[dataset],
     image_size=224,
     slicing='idle',
     drop_path_rate=0.1,  # stochastic depth, in the widest's pass alone
@@ -60,7 +62,6 @@ def get_config(dataset: str = 'cifar10') -> ml_collections.ConfigDict:
     label_smoothing=0.1,
     accumulation_steps=1,
   )
-  config.calibrate = dict(num_batches=100)
   config.gate = dict(
     num_epochs=5.0,
     optimizer=dict(name='adamw', learning_rate=0.003, end_factor=0.1),

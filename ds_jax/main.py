@@ -55,8 +55,8 @@ def _parse_flags(argv):
   """Parses the command line; a field that the config lacks is a plain error."""
   try:
     return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError) as error:
-    return sys.exit(f'Bad --config.FIELD=VALUE: {error}')
+  except (AttributeError, KeyError, TypeError) as error:
+    return sys.exit(f'Bad --config, or --config.FIELD=VALUE: {error}')
 
 
 if __name__ == '__main__':

@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
   arguments = parser.parse_args(argv)
   image_size = arguments.image_size or models.image_size(arguments.model)
   model = models.create_abstract_model(
-    arguments.model, num_classes=arguments.num_classes
+    arguments.model,
+    num_classes=arguments.num_classes,
+    **models.size_options(arguments.model, image_size),
   )
   table = rows(model, image_size)
   if arguments.json:

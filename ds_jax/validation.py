@@ -10,8 +10,9 @@ def check_range(
   above: float | None = None,
   low: float | None = None,
   high: float | None = None,
+  below: float | None = None,
 ) -> None:
-  """Raises ValueError unless above < value and low <= value <= high."""
+  """Raises ValueError unless above < value < below, low <= value <= high."""
   limits = []
   if above is not None:
     limits.append((value > above, f'more than {above}'))
@@ -19,6 +20,8 @@ def check_range(
     limits.append((value >= low, f'at least {low}'))
   if high is not None:
     limits.append((value <= high, f'at most {high}'))
+  if below is not None:
+    limits.append((value < below, f'less than {below}'))
   if not all(holds for holds, _ in limits):
     expected = ' and '.join(text for _, text in limits)
     raise ValueError(f'{name}={value!r}: expected {expected}.')

@@ -58,3 +58,18 @@ def test_docstring_has_command_time_and_result(path):
   assert command in docstring
   assert 'Time' in docstring
   assert 'Expected' in docstring or 'not yet run' in docstring
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'ds_resnet_cifar',
+    'ds_resnet50_transfer',
+    'ds_vit_cifar',
+    'ds_vit_s16_transfer',
+  ],
+)
+def test_a_data_set_that_a_config_does_not_know_is_named(name):
+  (path,) = (path for path in _CONFIGS if path.stem == name)
+  with pytest.raises(KeyError, match='svhn: expected cifar10 or cifar100'):
+    _load(path).get_config('svhn')

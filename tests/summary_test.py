@@ -65,3 +65,10 @@ class SummaryTest(parameterized.TestCase):
     ):
       run('resnet50')
     assert "invalid choice: 'resnet50'" in printed.getvalue()
+
+  def test_a_vit_is_made_for_the_image_size_that_is_asked_for(self):
+    title, _, *rows = run('ds_vit_ti16', '--image_size=384').splitlines()
+    assert title == 'ds_vit_ti16, 384 pixels, 1000 classes'
+    model = models.create_abstract_model('ds_vit_ti16', image_size=384)
+    cost = model.cost(model.widest, 384)
+    assert rows[-1].split()[1] == f'{cost.madds:,}'

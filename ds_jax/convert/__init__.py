@@ -12,7 +12,7 @@ which are leading slices of it, only an order of the channels makes something
 """
 
 from ds_jax.convert.files import read, read_torch
-from ds_jax.convert.formats import from_any
+from ds_jax.convert.formats import from_any, recognise
 from ds_jax.convert.importance import IMPORTANCES, sort_channels
 from ds_jax.convert.network import from_network
 from ds_jax.convert.official import from_official
@@ -28,5 +28,6 @@ __all__ = [
   'from_torchvision_resnet50',
   'read',
   'read_torch',
+  'recognise',
   'sort_channels',
 ]

@@ -41,9 +41,8 @@ def _convert(arguments):
   model_arguments = {
     'name': name,
     'num_classes': arguments.num_classes or known.num_classes(state),
+    **models.size_options(name, image_size),
   }
-  if known.is_vit:
-    model_arguments['image_size'] = image_size
   model = known.load(state, models.create_model(**model_arguments))
   if arguments.sort:
     model = importance.sort_channels(model, arguments.sort)

@@ -25,8 +25,19 @@ def read(path: str) -> dict[str, Any]:
     OSError: if there is no such file.
     ValueError: if it is damaged or holds something else.
   """
+  file = pathlib.Path(path)
+  if not file.exists():
+    raise FileNotFoundError(
+      f'There is no {path}; expected a file of weights, or the workdir of a run'
+      ' or a conversion.'
+    )
+  if file.is_dir():
+    raise IsADirectoryError(
+      f'{path} is a folder without checkpoints/; expected a file of weights, or'
+      ' the workdir of a run or a conversion.'
+    )
   readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
-  return readers.get(pathlib.Path(path).suffix, read_torch)(path)
+  return readers.get(file.suffix, read_torch)(path)
 
 
 def read_torch(path: str) -> dict[str, Any]:

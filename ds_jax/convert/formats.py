@@ -24,7 +24,6 @@ class Format:
     classifier: the name, or its end, of the classifier's bias.
     model: the model that the weights fit; None means that it depends on them.
     has_gate: whether the slices and the gate are trained.
-    is_vit: whether the model is made for one image size.
   """
 
   title: str
@@ -33,7 +32,6 @@ class Format:
   classifier: str
   model: str | None = None
   has_gate: bool = False
-  is_vit: bool = False
 
   def num_classes(self, state: Mapping[str, Any]) -> int:
     """Returns how many classes the classifier tells apart.
@@ -87,14 +85,12 @@ FORMATS = (
     r'blocks\.\d+\.attn\.',
     vit.from_timm_vit,
     'head.bias',
-    is_vit=True,
   ),
   Format(
     "Hugging Face's ViT",
     r'((vit|deit)\.)?encoder\.layer\.\d+\.attention\.attention\.',
     vit.from_timm_vit,
     'classifier.bias',
-    is_vit=True,
   ),
 )
 

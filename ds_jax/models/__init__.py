@@ -42,15 +42,18 @@ __all__ = [
   'image_size',
   'is_slimming',
   'list_models',
+  'size_options',
   'sub_networks',
   'variables_from',
   'variables_of',
 ]
 
+# Class, side of the images in pixels, options.
 _FAMILIES = {
   # The authors' release: 14 buckets, 133 to 565 M MAdds at 224 pixels.
   'ds_mobilenet': (
     MobileNet,
+    224,
     dict(
       stem_widths=(16, 24),
       stages=(
@@ -67,6 +70,7 @@ _FAMILIES = {
   # and cost least.
   'ds_mobilenet_pp': (
     MobileNet,
+    224,
     dict(
       stem_widths=(16, 24),
       stages=(
@@ -92,6 +96,7 @@ _FAMILIES = {
   # For images of about 32 pixels; the widest network is the last bucket.
   'ds_mobilenet_tiny': (
     MobileNet,
+    32,
     dict(
       stem_widths=(16,),
       stages=(
@@ -106,6 +111,7 @@ _FAMILIES = {
   ),
   'ds_resnet50': (
     ResNet,
+    224,
     dict(
       stem=dict(widths=(32, 64)),
       stages=(
@@ -135,6 +141,7 @@ _FAMILIES = {
   # For images of about 32 pixels; the widest network is the last bucket.
   'ds_resnet26_cifar': (
     ResNet,
+    32,
     dict(
       stem=dict(widths=(32,), kernel_size=3, stride=1, pool=False),
       stages=(
@@ -163,22 +170,22 @@ _FAMILIES = {
   ),
   'ds_vit_s16': (
     VisionTransformer,
+    224,
     dict(
-      image_size=224,
       patch_size=16,
       stages=(
         dict(widths=(384,), heads=(6,), hidden=(1536,), depths=(2,)),
-        dict(
-          widths=(192, 192, 256, 256, 320, 384),
-          heads=(3, 3, 4, 5, 6, 6),
-          hidden=(384, 768, 1024, 1152, 1280, 1536),
-          depths=(3, 4, 5, 5, 5, 5),
-        ),
         dict(
           widths=(192, 256, 256, 320, 384, 384),
           heads=(3, 4, 4, 5, 6, 6),
           hidden=(384, 768, 1024, 1152, 1280, 1536),
           depths=(3, 4, 4, 5, 5, 5),
+        ),
+        dict(
+          widths=(192, 192, 256, 256, 320, 384),
+          heads=(3, 3, 4, 5, 6, 6),
+          hidden=(384, 768, 1024, 1152, 1280, 1536),
+          depths=(3, 4, 5, 5, 5, 5),
         ),
       ),
       gate_stage=1,
@@ -186,8 +193,8 @@ _FAMILIES = {
   ),
   'ds_vit_ti16': (
     VisionTransformer,
+    224,
     dict(
-      image_size=224,
       patch_size=16,
       stages=(
         dict(widths=(192,), heads=(3,), hidden=(768,), depths=(2,)),
@@ -210,8 +217,8 @@ _FAMILIES = {
   # For images of about 32 pixels.
   'ds_vit_cifar': (
     VisionTransformer,
+    32,
     dict(
-      image_size=32,
       patch_size=4,
       head_dim=32,
       pooling='mean',
@@ -233,17 +240,6 @@ _FAMILIES = {
       gate_stage=1,
     ),
   ),
-}
-
-_IMAGE_SIZES = {
-  'ds_mobilenet': 224,
-  'ds_mobilenet_pp': 224,
-  'ds_mobilenet_tiny': 32,
-  'ds_resnet50': 224,
-  'ds_resnet26_cifar': 32,
-  'ds_vit_s16': 224,
-  'ds_vit_ti16': 224,
-  'ds_vit_cifar': 32,
 }
 
 
@@ -296,7 +292,15 @@ def sub_networks(model) -> tuple[Subnet, ...]:
 
 def image_size(name: str) -> int:
   """Returns the side, in pixels, of the images a model is made for."""
-  return _IMAGE_SIZES[name]
+  _, size, _ = _FAMILIES[name]
+  return size
+
+
+def size_options(name: str, image_size: int) -> dict[str, int]:
+  """Returns what `create_model` needs to know of another image size."""
+  family, *_ = _FAMILIES[name]
+  fixed = 'image_size' in inspect.signature(family.__init__).parameters
+  return {'image_size': image_size} if fixed else {}
 
 
 def _builder(name, num_classes, seed, options):
@@ -305,7 +309,8 @@ def _builder(name, num_classes, seed, options):
     raise ValueError(
       f'Unknown model {name!r}; expected one of {", ".join(list_models())}.'
     )
-  family, defaults = _FAMILIES[name]
+  family, size, defaults = _FAMILIES[name]
+  defaults = {**size_options(name, size), **defaults}
   known = inspect.signature(family.__init__).parameters.keys()
   known -= {'self', 'rngs'}
   unknown = sorted(options.keys() - known)

@@ -37,6 +37,7 @@ class SlicedNetwork(nnx.Module):
     dropout_rate: float,
     dtype: str,
   ):
+    validation.check_range('dropout_rate', dropout_rate, low=0, below=1)
     validation.check_choice('dtype', dtype, ('float32', 'bfloat16'))
     self.routing_space = routing_space
     self.narrowest = routing_space[0]

@@ -134,7 +134,7 @@ class MobileNet(base.SlicedNetwork):
       stem_widths: the stem's slice list, narrowest first.
       stages: the stages; mappings are read as `StageSpec(**mapping)`.
       gate_stage: the index of the stage whose first block holds the gate. From
-        it on, every stage has K widths, one a bucket.
+        it on, every slice list has K entries, or one for all buckets.
       gate_width: the features that the slimming head decides by: the width of
         the gated block's reduction. None means a quarter of the block's input,
         as published, which is few in a narrow network.

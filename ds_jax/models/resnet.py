@@ -14,8 +14,7 @@ residual stream has four times the inner channels to decide by, and the branch
 needs nothing else. Which stage: every bucket pays for the trunk and none gets
 more than its narrowest slices there, so the later the gate, the closer the
 cheapest and the dearest bucket move together. In ResNet-50 a gate after the
-first stage leaves buckets of 1.2 to 3.5 G MAdds; after the second, whose slices
-would have to be narrow, not even 3.1 G could be reached from 1.2 G.
+first stage leaves buckets of 1.2 to 3.4 G MAdds.
 
 The slice lists are ours: those of the paper's DS-ResNet-50 are not public.
 """

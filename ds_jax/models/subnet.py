@@ -56,7 +56,7 @@ class Subnet:
     return (self.stem.width, *(s.width for s in self.stages))
 
 
-class StageSpec(Protocol):
+class SliceLists(Protocol):
   """What a family says of one stage: slice lists, and what isn't sliced."""
 
   @property
@@ -64,7 +64,7 @@ class StageSpec(Protocol):
     """The slice lists, by the field of `StageSlice` that they are of."""
 
 
-def check_lists(spec: StageSpec) -> None:
+def check_lists(spec: SliceLists) -> None:
   """Raises ValueError unless every slice list is whole and in order."""
   for name, values in spec.lists.items():
     if not values or list(values) != sorted(values) or values[0] < 1:
@@ -75,8 +75,8 @@ def check_lists(spec: StageSpec) -> None:
 
 
 def routing_space(
-  stem: StageSpec,
-  stages: Sequence[StageSpec],
+  stem: SliceLists,
+  stages: Sequence[SliceLists],
   gate_stage: int,
   in_trunk: Sequence[str] = (),
 ) -> tuple[tuple[Subnet, ...], Subnet]:

@@ -191,6 +191,9 @@ class VisionTransformer(base.SlicedNetwork):
     """
     validation.check_choice('slicing', slicing, SLICINGS)
     validation.check_choice('pooling', pooling, POOLINGS)
+    validation.check_range('patch_size', patch_size, low=1)
+    validation.check_range('head_dim', head_dim, low=1)
+    validation.check_range('drop_path_rate', drop_path_rate, low=0, below=1)
     if image_size % patch_size:
       raise ValueError(
         f'image_size={image_size} is no multiple of patch_size={patch_size}.'

@@ -56,9 +56,12 @@ class InitConfig:
     checkpoint: None for fresh weights; the workdir of a run or a conversion,
       to finetune that network; or a file of a plain network's weights (see
       `ds_jax.convert`). Another number of classes gets a fresh classifier.
-    sort_channels: `norm_scale` or `l1` puts the channels in the order of their
-      importance, so that slices keep the best ones; None leaves them. See
-      `convert.sort_channels`.
+    sort_channels: `norm_scale` or `l1` puts a plain network's channels in the
+      order of their importance, so that slices keep the best ones; None leaves
+      them. See `convert.sort_channels`.
+
+  Images are normalised by the data set's own statistics, whatever the weights
+  were trained with.
   """
 
   checkpoint: str | None = None
@@ -66,6 +69,11 @@ class InitConfig:
 
   def __post_init__(self):
     if self.sort_channels is not None:
+      if not self.checkpoint:
+        raise ValueError(
+          f'sort_channels={self.sort_channels!r} sorts the channels of a'
+          ' checkpoint, and there is none; set init.checkpoint.'
+        )
       validation.check_choice(
         'sort_channels', self.sort_channels, convert.IMPORTANCES
       )
@@ -209,11 +217,20 @@ class Experiment:
       ConfigError: if a file can't be read or the weights do not fit.
     """
     source = self.init.checkpoint
+    if not source:
+      return models.variables_of(model)
     try:
-      if source and checkpoint.is_workdir(source):
-        model = self._finetuned(source, model)
-      elif source:
-        model = convert.from_any(convert.read(source), model)
+      if checkpoint.is_workdir(source):
+        model, sliced = self._finetuned(source, model)
+      else:
+        state = convert.read(source)
+        sliced = convert.recognise(state).has_gate
+        model = convert.from_any(state, model)
+      if self.init.sort_channels and sliced:
+        raise ValueError(
+          'its slices are trained as they are; leave out'
+          f' config.init.sort_channels={self.init.sort_channels}.'
+        )
       if self.init.sort_channels:
         model = convert.sort_channels(model, by=self.init.sort_channels)
     except (ImportError, OSError, ValueError) as error:
@@ -221,16 +238,25 @@ class Experiment:
     return models.variables_of(model)
 
   def _finetuned(self, workdir, model):
+    """Returns the model with a workdir's arrays, and if slices are trained."""
     restored = checkpoint.restore(checkpoint.directory_of(workdir))
-    name = restored.meta['model']['name']
-    if name != self.model['name']:
-      raise ConfigError(
-        f'config.init.checkpoint={workdir} holds a {name}, but'
-        f' config.model.name={self.model["name"]}; set it to that.'
+    theirs = restored.meta['model']
+    if theirs['name'] != self.model['name']:
+      raise ValueError(
+        f'it holds a {theirs["name"]}, and config.model.name is'
+        f' {self.model["name"]}; set it to that.'
       )
-    return convert.from_network(
-      models.variables_from(restored.tree['network']), model
-    )
+    source = models.create_abstract_model(**theirs)
+    for option in ('head_dim', 'slicing'):  # which shapes do not tell
+      old, new = (getattr(m, option, None) for m in (source, model))
+      if old != new:
+        raise ValueError(
+          f'it has {option}={old!r}, and config.model.{option} is {new!r}; set'
+          ' it to that.'
+        )
+    variables = models.variables_from(restored.tree['network'])
+    sliced = restored.meta['stage'] != 'pretrained'
+    return convert.from_network(variables, model), sliced
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """Takes uint8 images to the model's floats."""

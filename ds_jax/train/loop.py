@@ -366,7 +366,7 @@ def _check_same_config(saved, given, position: Position) -> None:
   Sections of stages that have not begun may still be changed.
   """
   stages_begun = experiments.STAGES[: position.stage + 1]
-  sections = ('seed', 'model', 'dataset', *stages_begun)
+  sections = ('seed', 'model', 'init', 'dataset', *stages_begun)
   # Tuples become lists, as in the saved one.
   given = json.loads(json.dumps(given))
   saved, given = _flatten(saved), _flatten(given)

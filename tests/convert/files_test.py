@@ -53,20 +53,33 @@ def test_an_npz_of_objects_is_not_unpickled(tmp_path):
     convert.read(tmp_path / 'x.npz')
 
 
-def test_a_file_that_is_not_there(tmp_path):
-  with pytest.raises(OSError):
-    convert.read(tmp_path / 'x.npz')
+@pytest.mark.parametrize('name', ['x.npz', 'x.safetensors', 'x.pth', 'x'])
+def test_a_file_that_is_not_there(tmp_path, name):
+  with pytest.raises(
+    FileNotFoundError, match=f'There is no .*{name}; expected'
+  ):
+    convert.read(tmp_path / name)
+
+
+def test_a_folder_is_no_file(tmp_path):
+  with pytest.raises(IsADirectoryError, match='folder without checkpoints/'):
+    convert.read(tmp_path)
 
 
 def test_safetensors_missing_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'safetensors', None)
   monkeypatch.setitem(sys.modules, 'safetensors.numpy', None)
   with pytest.raises(ImportError, match=r'pip install -e "\.\[safetensors\]"'):
-    convert.read(tmp_path / 'x.safetensors')
+    convert.read(_existing(tmp_path / 'x.safetensors'))
 
 
 def test_torch_missing_says_how_to_get_it(tmp_path):
   if importlib.util.find_spec('torch'):
     pytest.skip('PyTorch is installed.')
   with pytest.raises(ImportError, match=r'pip install -e "\.\[torch\]"'):
-    convert.read(tmp_path / 'x.pth')
+    convert.read(_existing(tmp_path / 'x.pth'))
+
+
+def _existing(path):
+  path.write_bytes(b'')
+  return path

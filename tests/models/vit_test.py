@@ -559,6 +559,10 @@ class RefusalTest(parameterized.TestCase):
     ('patches', dict(image_size=10), 'image_size=10 is no multiple of patch_s'),
     ('gate', dict(gate_stage=3), 'gate_stage=3 is not one of the 3 stages'),
     ('gate_pooling', dict(gate_pooling='max'), "gate_pooling='max': expected"),
+    ('dropout', dict(dropout_rate=1.0), 'dropout_rate=1.0: .* less than 1'),
+    ('drop', dict(drop_path_rate=1.0), 'drop_path_rate=1.0: .* less than 1'),
+    ('patch', dict(patch_size=0), 'patch_size=0: expected at least 1'),
+    ('head', dict(head_dim=0), 'head_dim=0: expected at least 1'),
     ('dtype', dict(dtype='float16'), "dtype='float16': expected 'float32' or"),
   )
   def test_bad_options_are_refused(self, options, message):

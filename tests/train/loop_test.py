@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def test_a_flag_for_no_field_is_a_plain_error(images, tmp_path):
     images, tmp_path, tmp_path, '--config.supernet.ema_rate=1'
   ).finish()
   assert code == 1
-  assert 'Bad --config.FIELD=VALUE' in output
+  assert '--config.FIELD=VALUE: ' in output
   assert 'Traceback' not in output
 
 
@@ -276,8 +277,9 @@ def test_a_run_starts_from_another_s_network(finished, config, tmp_path):
 @pytest.mark.parametrize(
   ('checkpoint_name', 'message'),
   [
-    ('nothing', r'init.checkpoint=.*nothing'),
-    ('other', r'holds a ds_mobilenet_tiny, but config.model.name=ds_mobilenet'),
+    ('nothing', 'nothing: There is no .*nothing; expected a file of weights'),
+    ('empty', 'empty is a folder without checkpoints/; expected'),
+    ('other', 'other: it holds a ds_mobilenet_tiny, and config.model.name is'),
   ],
 )
 def test_a_start_that_does_not_fit_is_refused(
@@ -290,9 +292,80 @@ def test_a_start_that_does_not_fit_is_refused(
       {'network': {'params': {'x': np.zeros(2)}}},
       {'stage': 'gate', 'model': {'name': 'ds_mobilenet_tiny'}},
     )
+  (tmp_path / 'empty').mkdir()
   config.init = dict(checkpoint=str(tmp_path / checkpoint_name))
   with (
     loop.Run(config, tmp_path / 'run') as run,
     pytest.raises(experiment.ConfigError, match=message),
+  ):
+    run.start()
+
+
+def test_slices_that_are_trained_are_not_sorted(finished, config, tmp_path):
+  _, trained, _ = finished
+  config.init = dict(checkpoint=str(trained), sort_channels='l1')
+  with (
+    loop.Run(config, tmp_path) as run,
+    pytest.raises(experiment.ConfigError, match='slices are trained as they'),
+  ):
+    run.start()
+
+
+def test_another_start_is_not_resumed(finished, images):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  config.init = dict(checkpoint='elsewhere')
+  with pytest.raises(experiment.ConfigError, match='init.checkpoint was None'):
+    loop.train(config, workdir)
+
+
+def _vit_config(images):
+  config = micro.get_config()
+  config.dataset.name = images
+  config.model = dict(
+    name='ds_vit_cifar',
+    num_classes=3,
+    image_size=8,
+    patch_size=4,
+    head_dim=4,
+    drop_path_rate=0.2,
+    stages=(
+      dict(widths=(8,), heads=(2,), hidden=(8,), depths=(1,)),
+      dict(widths=(4, 4, 8), heads=(1, 1, 2), hidden=(4, 8, 8), depths=(1,)),
+    ),
+  )
+  config.supernet.multi_view = True
+  config.supernet.num_epochs = 2.0
+  config.gate.num_epochs = 2.0
+  config.gate.target_madds = None
+  config.checkpoint = dict(every_steps=3, keep_last=100, keep_best=0)
+  return config
+
+
+def test_a_vit_resumes_bit_equal(images, tmp_path):
+  """Two views, stochastic depth, and no statistics to calibrate."""
+  config = _vit_config(images)
+  results = [loop.train(config, tmp_path)]
+  directory = pathlib.Path(checkpoint.directory_of(tmp_path))
+  last = checkpoint.restore(str(directory))
+  assert last.step == 20
+  for step in directory.iterdir():
+    if int(step.name) > 3:
+      shutil.rmtree(step)
+  results.append(loop.train(config, tmp_path))
+  again = checkpoint.restore(str(directory))
+  assert results[0] == results[1] and again.step == last.step
+  for one, other in zip(
+    *map(jax.tree.leaves, (last.tree, again.tree)), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+  (tmp_path / 'plain').mkdir()
+  config.init = dict(checkpoint=str(tmp_path))
+  config.model.slicing = 'plain'
+  with (
+    loop.Run(config, tmp_path / 'plain') as run,
+    pytest.raises(
+      experiment.ConfigError, match="slicing='idle', and .*'plain'"
+    ),
   ):
     run.start()
