@@ -33,6 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
     crop='pad',
     crop_padding=2,
     flip=True,
+    gate_share=0.1,  # images that Stage I never sees, for Stage II
+    budget_share=0.06,  # and those that no stage sees, for budgets
     num_threads=1,
   )
   config.supernet = dict(
@@ -55,7 +57,9 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.calibrate = dict(num_batches=50)
   config.gate = dict(
-    num_epochs=3.0,
+    part='gate',
+    is_augmented=True,
+    num_epochs=30.0,
     optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=2.1e6,  # 61% of the widest's
     price_rate=0.1,

@@ -37,9 +37,15 @@ def from_official(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
     A model with these weights and statistics.
 
   Raises:
-    ValueError: that lists every missing, unknown and misshapen name.
+    ValueError: that lists every missing, unknown and misshapen name, or if the
+      model's gate is not the published one.
   """
   loading.check_family(model, models.MobileNet, "The authors' DS-Net weights")
+  if model.slim is not None:
+    raise ValueError(
+      "The authors' gate is a head on the attention's reduction: make the"
+      " model with gate_head='shared'."
+    )
   return loading.load(
     loading.plain_names(state),
     model,

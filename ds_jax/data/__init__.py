@@ -4,6 +4,7 @@ from ds_jax.data.pipeline import (
   Batch,
   DataConfig,
   eval_batches,
+  load_part,
   num_eval_batches,
   train_batches,
 )
@@ -29,6 +30,7 @@ __all__ = [
   'dataset_info',
   'eval_batches',
   'for_evaluation',
+  'load_part',
   'load_source',
   'normalize',
   'num_eval_batches',

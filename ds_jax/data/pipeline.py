@@ -19,6 +19,7 @@ from ds_jax.data import augment, sources, transforms
 
 Batch = dict[str, np.ndarray]
 
+PARTS = ('test', 'train', 'gate', 'budget')
 _CROPS = (None, 'pad', 'resized')
 # What a batch calls the first and the second view.
 _VIEWS = {1: ('images',), 2: ('images', 'teacher_images')}
@@ -45,6 +46,9 @@ class DataConfig:
     randaugment_magnitude: of those, 0 .. 10.
     color_jitter: range of training's `color_jitter` about 1; 0 is off.
     erasing_probability: of `random_erasing` in training; 0 is off.
+    gate_share: of the train split, held out from Stage I for the gate.
+    budget_share: of the train split, held out from all training; thresholds
+      of routers are set on it.
     num_threads: that prepare batches; 0 reads when asked, in the caller's.
       Decoding large images gains from one a core. Small images in memory are
       fastest with 1: more of them only wait for Python's global lock.
@@ -63,6 +67,8 @@ class DataConfig:
   randaugment_magnitude: float = 9.0
   color_jitter: float = 0.0
   erasing_probability: float = 0.0
+  gate_share: float = 0.0
+  budget_share: float = 0.0
   num_threads: int = 2
 
   def __post_init__(self):
@@ -79,6 +85,8 @@ class DataConfig:
       'randaugment_magnitude': 0 <= self.randaugment_magnitude <= 10,
       'color_jitter': 0 <= self.color_jitter <= 1,
       'erasing_probability': 0 <= self.erasing_probability <= 1,
+      'gate_share': 0 <= self.gate_share < 1,
+      'budget_share': 0 <= self.budget_share < 1 - self.gate_share,
       'num_threads': self.num_threads >= 0,
     }
     for option, fits in limits.items():
@@ -89,10 +97,53 @@ class DataConfig:
         )
 
 
+def load_part(config: DataConfig, part: str) -> sources.Source:
+  """Opens the test split, or one of the disjoint parts of the train split.
+
+  Which images are held out depends on the shares alone, not on a seed.
+
+  Args:
+    config: what to read.
+    part: 'test', 'train', 'gate' or 'budget'.
+
+  Returns:
+    The images; 'train' is what the shares leave over.
+
+  Raises:
+    ValueError: for another part, or shares that leave nothing.
+  """
+  if part not in PARTS:
+    raise ValueError(f'Unknown part {part!r}; known: {PARTS}.')
+  if part == 'test':
+    return sources.load_source(config.name, 'test', config.data_dir)
+  source = sources.load_source(config.name, 'train', config.data_dir)
+  if not config.gate_share and not config.budget_share and part == 'train':
+    return source
+  gate = round(config.gate_share * len(source))
+  budget = gate + round(config.budget_share * len(source))
+  ranges = {
+    'gate': slice(gate),
+    'budget': slice(gate, budget),
+    'train': slice(budget, None),
+  }
+  # RandomState's stream is frozen for good; default_rng's is not.
+  order = np.random.RandomState(0).permutation(len(source))
+  indices = np.sort(order[ranges[part]])
+  if not len(indices):
+    raise ValueError(
+      f'The {part} part of {config.name!r} is empty: gate_share is'
+      f' {config.gate_share} and budget_share {config.budget_share} of'
+      f' {len(source)} images.'
+    )
+  return sources.Subset(source, indices)
+
+
 def train_batches(
   config: DataConfig,
   *,
   seed: int,
+  part: str = 'train',
+  is_augmented: bool = True,
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
@@ -106,6 +157,8 @@ def train_batches(
   Args:
     config: what to read.
     seed: of order and augmentation.
+    part: as in `load_part`.
+    is_augmented: whether images are augmented, or as for evaluation.
     start_step: the first batch given; resuming costs nothing.
     process_index: this process reads images i, i + process_count, ... of the
       global batch.
@@ -120,15 +173,15 @@ def train_batches(
 
   Raises:
     ValueError: if the batch does not divide among the processes, or is larger
-      than the train split, or if num_views is neither 1 nor 2.
+      than the part, or if num_views is neither 1 nor 2.
   """
   if num_views not in _VIEWS:
     raise ValueError(f'num_views {num_views!r} is neither 1 nor 2.')
-  source = sources.load_source(config.name, 'train', config.data_dir)
+  source = load_part(config, part)
   local_size = _local_batch_size(config, process_index, process_count)
   if config.batch_size > len(source):
     raise ValueError(
-      f'batch_size {config.batch_size} is larger than the train split of'
+      f'batch_size {config.batch_size} is larger than the {part} part of'
       f' {config.name!r} with {len(source)} images.'
     )
   # Grain seeds epoch e with seed + e: unmixed, seed 1 would be seed 0 one
@@ -139,7 +192,8 @@ def train_batches(
     .shuffle(seed=mixed_seed)
     .repeat()
     .random_map(
-      functools.partial(_augmented_example, config, num_views), seed=mixed_seed
+      functools.partial(_training_example, config, num_views, is_augmented),
+      seed=mixed_seed,
     )
   )
   # Sliced after repeating and mapping, so that the global batch and its random
@@ -150,16 +204,16 @@ def train_batches(
 
 def eval_batches(
   config: DataConfig,
-  split: str = 'test',
+  part: str = 'test',
   *,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
-  """Every image of a split once, in order, in batches of one shape.
+  """Every image of a part once, in order, in batches of one shape.
 
   Args:
     config: what to read.
-    split: 'test' or 'train'.
+    part: as in `load_part`.
     process_index: this process reads the process_index-th part of each global
       batch.
     process_count: how many processes share a batch.
@@ -173,7 +227,7 @@ def eval_batches(
   Raises:
     ValueError: if the batch does not divide among the processes.
   """
-  source = sources.load_source(config.name, split, config.data_dir)
+  source = load_part(config, part)
   local_size = _local_batch_size(config, process_index, process_count)
 
   def load_batch(step: int) -> Batch:
@@ -181,22 +235,21 @@ def eval_batches(
     indices = range(start, min(start + local_size, len(source)))
     return _masked_batch([source[i] for i in indices], local_size, config)
 
-  steps = grain.MapDataset.range(num_eval_batches(config, split))
+  steps = grain.MapDataset.range(num_eval_batches(config, part))
   return _iterate(steps.map(load_batch), config.num_threads)
 
 
-def num_eval_batches(config: DataConfig, split: str = 'test') -> int:
+def num_eval_batches(config: DataConfig, part: str = 'test') -> int:
   """How many batches `eval_batches` gives, the same on every process.
 
   Args:
     config: what to read.
-    split: 'test' or 'train'.
+    part: as in `load_part`.
 
   Returns:
-    The size of the split over the global batch size, rounded up.
+    The size of the part over the global batch size, rounded up.
   """
-  source = sources.load_source(config.name, split, config.data_dir)
-  return -(-len(source) // config.batch_size)
+  return -(-len(load_part(config, part)) // config.batch_size)
 
 
 def _local_batch_size(
@@ -215,16 +268,23 @@ def _local_batch_size(
   return config.batch_size // process_count
 
 
-def _augmented_example(
+def _training_example(
   config: DataConfig,
   num_views: int,
+  is_augmented: bool,
   example: sources.Example,
   rng: np.random.Generator,
 ) -> dict[str, Any]:
   """One training example, named as in a batch."""
-  views = {
-    name: _augment(config, example['image'], rng) for name in _VIEWS[num_views]
-  }
+
+  def view(image):
+    if is_augmented:
+      return _augment(config, image, rng)
+    return transforms.for_evaluation(
+      image, config.image_size, config.crop_ratio
+    )
+
+  views = {name: view(example['image']) for name in _VIEWS[num_views]}
   return {**views, 'labels': np.int32(example['label'])}
 
 

@@ -225,6 +225,29 @@ class TfdsSource:
     return f'TfdsSource({self._name})'
 
 
+class Subset:
+  """Some images of a source."""
+
+  def __init__(self, source: Source, indices: np.ndarray):
+    """Reads nothing yet.
+
+    Args:
+      source: of all images.
+      indices: (n,) of those to give, in this order.
+    """
+    self._source = source
+    self._indices = indices
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Example:
+    return self._source[int(self._indices[index])]
+
+  def __repr__(self) -> str:
+    return f'Subset({self._source!r}, {len(self)} of {len(self._source)})'
+
+
 def _parse_name(name: str, data_dir: str | None) -> tuple[str, pathlib.Path]:
   """Splits 'idx:DIR', checks the name and settles where the data are."""
   kind, _, folder = name.partition(':')

@@ -101,11 +101,12 @@ _FAMILIES = {
       stem_widths=(16,),
       stages=(
         dict(widths=(32,)),
-        dict(widths=(48,), stride=2),
+        dict(widths=(48,), depth=2, stride=2),
         dict(widths=(16, 48, 88, 128), depth=3),
         dict(widths=(32, 88, 144, 192), depth=2, stride=2),
       ),
       gate_stage=2,
+      gate_head='own',
       gate_width=64,
     ),
   ),

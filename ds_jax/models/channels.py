@@ -66,7 +66,10 @@ def channel_groups(model: nnx.Module) -> list[Group]:
 def _mobilenet_groups(model) -> Iterator[Iterable[Member]]:
   # Without skips, each block's output is a group of its own.
   group = [*_outputs('stem'), *_norm('stem_norm')]
+  width = model.specs[model.gate_stage].widths[-1]
   for block in _blocks(model):
+    if block == f'stages/{model.gate_stage}/0':
+      group += _slimming_gate(model, width, _trunk_width(model))
     group += [
       Member(f'{block}/depthwise/kernel', -1),
       *_norm(f'{block}/depthwise_norm'),
@@ -180,7 +183,8 @@ def _trunk_width(model) -> int:
 
 def _slimming_gate(model, width, read) -> Group:
   """The gate's inputs, if it reads all `width` channels."""
-  if read < width:
+  if model.slim is None or read < width:
     return ()
-  repeats = model.slim.reduce.kernel.shape[0] // width
-  return (Member('slim/reduce/kernel', -2, repeats=repeats),)
+  layer = 'head' if model.slim.reduce is None else 'reduce'
+  repeats = getattr(model.slim, layer).kernel.shape[0] // width
+  return (Member(f'slim/{layer}/kernel', -2, repeats=repeats),)

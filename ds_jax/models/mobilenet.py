@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds_jax import nn
+from ds_jax import nn, validation
 from ds_jax.models import base
 from ds_jax.models import subnet as subnets
 from ds_jax.nn import conv, gate
@@ -85,7 +85,7 @@ class SeparableBlock(nnx.Module):
       stride: of the depthwise convolution.
       rows_in: rows of statistics of the norm after the depthwise convolution.
       rows: rows of statistics of the norm after the pointwise convolution.
-      num_buckets: K in the gated block, None elsewhere.
+      num_buckets: K where the slimming head is shared, None elsewhere.
       reduced: the width of the attention's and gate's shared reduction.
       rngs: the stream `params` initialises the weights.
     """
@@ -122,7 +122,10 @@ class MobileNet(base.SlicedNetwork):
     stem_widths: Sequence[int],
     stages: Sequence[StageSpec | Mapping],
     gate_stage: int,
+    gate_head: str = 'shared',
     gate_width: int | None = None,
+    gate_hidden: int = 64,
+    gate_pooling: str = 'mean_max_std',
     dropout_rate: float = 0.0,
     dtype: str = 'float32',
     rngs: nnx.Rngs,
@@ -135,9 +138,14 @@ class MobileNet(base.SlicedNetwork):
       stages: the stages; mappings are read as `StageSpec(**mapping)`.
       gate_stage: the index of the stage whose first block holds the gate. From
         it on, every slice list has K entries, or one for all buckets.
-      gate_width: the features that the slimming head decides by: the width of
-        the gated block's reduction. None means a quarter of the block's input,
-        as published, which is few in a narrow network.
+      gate_head: `shared`, as published: a linear slimming head on the
+        reduction of the gated block's attention; or `own`: a `SlimmingGate`,
+        beside the attention.
+      gate_width: of the reduction of the gated block's attention. None means a
+        quarter of the block's input, as published, which is few for a `shared`
+        head to decide by in a narrow network.
+      gate_hidden: units of an `own` head's hidden layer; 0 leaves it out.
+      gate_pooling: what an `own` head reads; see `SlimmingGate`.
       dropout_rate: before the classifier, where a call brings an `rng`.
       dtype: what activations are computed in, `float32` or `bfloat16`.
       rngs: the stream `params` initialises the weights.
@@ -145,6 +153,7 @@ class MobileNet(base.SlicedNetwork):
     Raises:
       ValueError: if the stages do not make a routing space.
     """
+    validation.check_choice('gate_head', gate_head, ('shared', 'own'))
     stem = StageSpec(tuple(stem_widths))
     stages = tuple(
       s if isinstance(s, StageSpec) else StageSpec(**s) for s in stages
@@ -158,7 +167,7 @@ class MobileNet(base.SlicedNetwork):
     )
     self.specs = (stem, *stages)
     self.gate_stage = gate_stage
-    self._gate_width = gate_width
+    self._gate_head, self._gate_width = gate_head, gate_width
 
     self.stem = nn.SlicedConv(
       3, stem.widths[-1], _STEM_KERNEL_SIZE, stride=_STEM_STRIDE, rngs=rngs
@@ -170,6 +179,18 @@ class MobileNet(base.SlicedNetwork):
     self.classifier = nn.SlicedDense(
       stages[-1].widths[-1], num_classes, rngs=rngs
     )
+    before = [self.narrowest.stem, *self.narrowest.stages][gate_stage]
+    self.slim = (
+      nn.SlimmingGate(
+        before.width,
+        len(self.routing_space),
+        hidden=gate_hidden,
+        pooling=gate_pooling,
+        rngs=rngs,
+      )
+      if gate_head == 'own'
+      else None
+    )
 
   def _make_stage(self, stage: int, rngs: nnx.Rngs) -> nnx.List:
     """Makes a stage's full-size blocks."""
@@ -180,6 +201,7 @@ class MobileNet(base.SlicedNetwork):
     blocks = nnx.List([])
     for j in range(spec.depth):
       gated = (stage, j) == (self.gate_stage, 0)
+      holds_gate = gated and self._gate_head == 'shared'
       block = SeparableBlock(
         width_in,
         spec.widths[-1],
@@ -187,7 +209,7 @@ class MobileNet(base.SlicedNetwork):
         stride=spec.stride if j == 0 else 1,
         rows_in=self._trunk_rows if gated else rows,
         rows=rows,
-        num_buckets=len(self.routing_space) if gated else None,
+        num_buckets=len(self.routing_space) if holds_gate else None,
         reduced=self._reduced_width(stage, j, width_in),
         rngs=rngs,
       )
@@ -213,6 +235,8 @@ class MobileNet(base.SlicedNetwork):
 
   def gate_logits(self, features):
     """See `SlicedNetwork`."""
+    if self.slim is not None:
+      return self.slim(features)
     return self.stages[self.gate_stage][0].gate.logits(features)
 
   def branch(self, features, subnet, *, momentum=None, rng=None):

@@ -178,7 +178,7 @@ class ResNet(base.SlicedNetwork):
       stages: the stages; mappings are read as `BottleneckStage(**mapping)`.
       gate_stage: the index of the first stage of the branch. From it on, every
         slice list has K entries, or one for all buckets.
-      gate_hidden: units of the gate's hidden layer.
+      gate_hidden: units of the gate's hidden layer; 0 leaves it out.
       gate_pooling: what the gate reads; see `SlimmingGate`.
       dropout_rate: before the classifier, where a call brings an `rng`.
       dtype: what activations are computed in, `float32` or `bfloat16`.

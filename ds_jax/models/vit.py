@@ -178,7 +178,7 @@ class VisionTransformer(base.SlicedNetwork):
       slicing: `idle` or `plain`.
       pooling: what the classifier reads, `class_token` or `mean` (of the
         patches' tokens; then there is no class token).
-      gate_hidden: units of the gate's hidden layer.
+      gate_hidden: units of the gate's hidden layer; 0 leaves it out.
       gate_pooling: what the gate reads; see `SlimmingGate`.
       dropout_rate: before the classifier, where a call brings an `rng`.
       drop_path_rate: stochastic depth's, of the last block; it rises linearly

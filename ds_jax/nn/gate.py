@@ -91,11 +91,12 @@ def reduced_width(features: int) -> int:
 class SlimmingGate(nnx.Module):
   """A gate without attention, with a reduction of its own, for Stage II alone.
 
-    logits(x) = relu(pool(x) @ W1 + b1) @ W3
+    logits(x) = relu(pool(x) @ W1 + b1) @ W3      with hidden units
+    logits(x) = pool(x) @ W3                      without
 
-  It reads the trunk at its narrowest slices, so nothing in it is sliced. A gate
-  on the trunk's output, not inside a block, has no attention head whose
-  reduction it could share; so Stage II trains this one.
+  It reads the trunk at its narrowest slices, so nothing in it is sliced. Stage
+  II trains all of it; the published gate's reduction is the attention head's,
+  which Stage I has trained for another end.
   """
 
   def __init__(
@@ -112,7 +113,7 @@ class SlimmingGate(nnx.Module):
     Args:
       features: C, of the narrowest trunk.
       num_buckets: K.
-      hidden: R, units of the hidden layer.
+      hidden: R, units of the hidden layer; 0 leaves it out.
       pooling: `mean`, or `mean_max_std`, which takes all three.
       rngs: the stream `params` initialises the kernels.
 
@@ -120,14 +121,20 @@ class SlimmingGate(nnx.Module):
       ValueError: for another `pooling`.
     """
     validation.check_choice('gate_pooling', pooling, _POOLINGS)
+    validation.check_range('gate_hidden', hidden, low=0)
     self._pooling = pooling
     inputs = features * len(pooling.split('_'))
-    self.reduce = dense.SlicedDense(inputs, hidden, rngs=rngs)
-    self.head = _slimming_head(hidden, num_buckets, rngs)
+    self.reduce = (
+      dense.SlicedDense(inputs, hidden, rngs=rngs) if hidden else None
+    )
+    self.head = _slimming_head(hidden or inputs, num_buckets, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns logits (N, K) of x (N, H, W, C) or (N, T, C), float32."""
-    return self.head(jax.nn.relu(self.reduce(self._pool(x))))
+    x = self._pool(x)
+    if self.reduce is not None:
+      x = jax.nn.relu(self.reduce(x))
+    return self.head(x)
 
   def _pool(self, x):
     x = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])

@@ -5,7 +5,6 @@ dataclasses, with one clear error for a field that no part knows.
 """
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -144,14 +143,8 @@ class Experiment:
       values[name] = _read(section, fields, f'config.{name}')
     return _read(cls, values, 'config')
 
-  @functools.cached_property
-  def dataset_info(self) -> data.DatasetInfo:
-    """What is on disk.
-
-    Raises:
-      ConfigError: if the model has another number of classes, or there are
-        fewer images than in a batch.
-    """
+  def check_dataset(self) -> None:
+    """Raises ConfigError if the model has another number of classes."""
     info = data.dataset_info(self.dataset.name, self.dataset.data_dir)
     num_classes = self.model.get('num_classes', 1000)
     if num_classes != info.num_classes:
@@ -159,24 +152,27 @@ class Experiment:
         f'config.model.num_classes={num_classes}, but {info.name} has'
         f' {info.num_classes} classes; set it to that.'
       )
-    if info.num_train < self.dataset.batch_size:
+
+  def steps_per_epoch(self, part: str) -> int:
+    """Returns the whole batches in a part; see `data.load_part`.
+
+    Raises:
+      ConfigError: if there are fewer images than in a batch.
+    """
+    num_images = len(data.load_part(self.dataset, part))
+    if num_images < self.dataset.batch_size:
       raise ConfigError(
         f'config.dataset.batch_size={self.dataset.batch_size} is larger than'
-        f' the train split of {info.name} with {info.num_train} images.'
+        f' the {part} part of {self.dataset.name} with {num_images} images.'
       )
-    return info
-
-  @property
-  def steps_per_epoch(self) -> int:
-    """Whole batches in the training split."""
-    return self.dataset_info.num_train // self.dataset.batch_size
+    return num_images // self.dataset.batch_size
 
   @property
   def eval_every_steps(self) -> int:
     """Steps between evaluations in Stage I."""
     if not self.eval_every_epochs:
       return sys.maxsize
-    return max(1, round(self.eval_every_epochs * self.steps_per_epoch))
+    return max(1, round(self.eval_every_epochs * self.steps_per_epoch('train')))
 
   @property
   def micro_batch_size(self) -> int:
@@ -265,24 +261,26 @@ class Experiment:
 
   def make_stages(self, model, mesh: jax.sharding.Mesh):
     """Returns the three stages, in order, by `STAGES`' names."""
+    self.check_dataset()
     common = {'model': model, 'normalize': self.normalize, 'mesh': mesh}
 
-    def schedule(num_epochs):
+    def schedule(num_epochs, part):
+      steps_per_epoch = self.steps_per_epoch(part)
       return {
-        'num_steps': max(1, round(num_epochs * self.steps_per_epoch)),
-        'steps_per_epoch': self.steps_per_epoch,
+        'num_steps': max(1, round(num_epochs * steps_per_epoch)),
+        'steps_per_epoch': steps_per_epoch,
         'seed': self.seed,
       }
 
     return (
       supernet_lib.Supernet(
-        self.supernet, **common, **schedule(self.supernet.num_epochs)
+        self.supernet, **common, **schedule(self.supernet.num_epochs, 'train')
       ),
       calibrate_lib.Calibrate(self.calibrate, **common),
       gate_lib.Gate(
         self.gate,
         **common,
-        **schedule(self.gate.num_epochs),
+        **schedule(self.gate.num_epochs, self.gate.part),
         image_size=self.dataset.image_size,
       ),
     )

@@ -36,6 +36,9 @@ class GateConfig:
   Attributes:
     num_epochs: how long.
     optimizer: see `OptimizerConfig`.
+    part: of the data set, as in `data.load_part`: `train`, which the supernet
+      has fitted, or `gate`, which it has never seen.
+    is_augmented: whether the images are augmented, or as for evaluation.
     sandwich_weight: a, of the SGS labels' cross-entropy.
     routed_weight: b, of the routed output's cross-entropy.
     madds_weight: c, used where there is no target.
@@ -53,6 +56,8 @@ class GateConfig:
 
   num_epochs: float
   optimizer: optimizer.OptimizerConfig
+  part: str = 'train'
+  is_augmented: bool = True
   sandwich_weight: float = 1.0
   routed_weight: float = 1.0
   madds_weight: float = 0.5
@@ -70,6 +75,7 @@ class GateConfig:
     validation.check_range('temperature', self.temperature, above=0)
     validation.check_range('madds_unit', self.madds_unit, above=0)
     validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
+    validation.check_choice('part', self.part, ('train', 'gate'))
     validation.check_choice('hard_images', self.hard_images, losses.HARD_IMAGES)
 
 

@@ -277,8 +277,12 @@ class Run:
   def _train_batches(self, position: Position):
     stage = experiments.STAGES[position.stage]
     multi_view = stage == 'supernet' and self._experiment.supernet.multi_view
+    gate = self._experiment.gate
+    in_gate = stage == 'gate'
     return data.train_batches(
       self._experiment.dataset,
+      part=gate.part if in_gate else 'train',
+      is_augmented=gate.is_augmented if in_gate else True,
       num_views=2 if multi_view else 1,
       # Every stage has an order of its own.
       seed=self._experiment.seed * len(self.stages) + position.stage,

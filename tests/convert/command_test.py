@@ -50,7 +50,7 @@ def cifar_vit_state():
 
 def release_state():
   """A state with the release's names, and random weights."""
-  model = models.create_abstract_model('ds_mobilenet_tiny', 7)
+  model = models.create_abstract_model('ds_mobilenet', 7)
   variables = models.variables_of(model)
   rng = np.random.default_rng(0)
   state = {}
@@ -102,7 +102,7 @@ def test_a_vit_of_another_size_and_other_classes(tmp_path):
 
 def test_the_release_s_gate_is_trained(tmp_path):
   state = release_state()
-  predictor = convert(tmp_path, state, '--model=ds_mobilenet_tiny')
+  predictor = convert(tmp_path, state, '--model=ds_mobilenet')
   np.testing.assert_array_equal(
     predictor.model.classifier.kernel[...], state['classifier.weight'].T
   )
@@ -123,7 +123,7 @@ def test_what_does_not_fit_ends_in_one_message(
   tmp_path, capsys, option, message
 ):
   with pytest.raises(SystemExit) as stopped:
-    convert(tmp_path, release_state(), '--model=ds_mobilenet_tiny', option)
+    convert(tmp_path, release_state(), '--model=ds_mobilenet', option)
   assert message in f'{stopped.value}{capsys.readouterr().err}'
   assert not (tmp_path / 'run').exists()
 
@@ -145,4 +145,4 @@ def test_a_file_that_is_not_there_ends_in_one_message(tmp_path):
 def test_a_workdir_in_use_is_left_alone(tmp_path):
   (tmp_path / 'run/checkpoints/7').mkdir(parents=True)
   with pytest.raises(SystemExit, match='choose a new --output'):
-    convert(tmp_path, release_state(), '--model=ds_mobilenet_tiny')
+    convert(tmp_path, release_state(), '--model=ds_mobilenet')

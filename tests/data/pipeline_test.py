@@ -155,7 +155,7 @@ class TrainBatchesTest(parameterized.TestCase):
     assert not any(thread.is_alive() for thread in started)
 
   @parameterized.parameters(
-    ({'batch_size': 1438}, 1, 'larger than the train split .* 1437'),
+    ({'batch_size': 1438}, 1, 'larger than the train part .* 1437'),
     ({'batch_size': 100}, 3, '100 does not divide among 3'),
   )
   def test_unusable_batch_size_is_refused_at_once(self, options, count, text):
@@ -166,6 +166,61 @@ class TrainBatchesTest(parameterized.TestCase):
   def test_process_index_must_be_below_the_count(self):
     with pytest.raises(ValueError, match='process_index 2 is not in 0 .. 1'):
       data.train_batches(CONFIG, seed=0, process_index=2, process_count=2)
+
+
+class PartsTest(parameterized.TestCase):
+  CONFIG = dataclasses.replace(PLAIN, gate_share=0.1, budget_share=0.2)
+
+  def pixels_of(self, part):
+    source = data.load_part(self.CONFIG, part)
+    return [source[i]['image'].tobytes() for i in range(len(source))]
+
+  def test_parts_are_disjoint_and_make_up_the_train_split(self):
+    parts = {part: self.pixels_of(part) for part in ('train', 'gate', 'budget')}
+    sizes = {part: len(images) for part, images in parts.items()}
+    assert sizes == {'train': 1437 - 144 - 287, 'gate': 144, 'budget': 287}
+    together = sum(parts.values(), [])
+    assert sorted(together) == sorted(source_pixels('train'))
+
+  def test_parts_are_random_samples(self):
+    source = data.load_part(self.CONFIG, 'budget')
+    labels = np.bincount([source[i]['label'] for i in range(len(source))])
+    assert len(labels) == 10 and labels.min() > 15
+
+  def test_without_shares_train_is_the_split_itself(self):
+    assert data.load_part(PLAIN, 'train') is data.load_source('digits', 'train')
+    assert self.pixels_of('test') == source_pixels('test')
+
+  @parameterized.parameters('train', 'gate')
+  def test_training_reads_its_part_alone(self, part):
+    config = dataclasses.replace(self.CONFIG, batch_size=72)
+    batches = take(data.train_batches(config, seed=0, part=part), 40)
+    assert set(pixels(batches)) == set(self.pixels_of(part))
+
+  def test_evaluation_reads_a_part_in_order(self):
+    batches = list(data.eval_batches(self.CONFIG, 'budget'))
+    assert len(batches) == data.num_eval_batches(self.CONFIG, 'budget') == 3
+    masks = np.concatenate([batch['mask'] for batch in batches])
+    images = [i for i, kept in zip(pixels(batches), masks, strict=True) if kept]
+    assert images == self.pixels_of('budget')
+
+  def test_images_may_be_left_as_for_evaluation(self):
+    config = dataclasses.replace(CONFIG, gate_share=0.1)
+    batches = take(
+      data.train_batches(config, seed=0, part='gate', is_augmented=False), 2
+    )
+    assert set(pixels(batches)) <= set(self.pixels_of('gate'))
+
+  def test_an_empty_part_and_an_unknown_one_are_refused(self):
+    with pytest.raises(ValueError, match="gate part of 'digits' is empty"):
+      data.load_part(PLAIN, 'gate')
+    with pytest.raises(ValueError, match="Unknown part 'validation'"):
+      data.load_part(PLAIN, 'validation')
+
+  @parameterized.parameters((1.0, 0.0), (0.5, 0.5), (-0.1, 0.0), (0.0, -0.1))
+  def test_shares_that_leave_nothing_are_refused(self, gate, budget):
+    with pytest.raises(ValueError, match='_share is out of range'):
+      data.DataConfig('digits', gate_share=gate, budget_share=budget)
 
 
 class ViewsTest(parameterized.TestCase):

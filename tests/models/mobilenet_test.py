@@ -234,6 +234,35 @@ class SubnetTest(parameterized.TestCase):
 
 
 class OptionsTest(parameterized.TestCase):
+  @parameterized.parameters((0, 'head'), (5, 'reduce'))
+  def test_an_own_gate_reads_the_trunk_and_changes_nothing_else(
+    self, hidden, first
+  ):
+    shared = create_abstract(**OPTIONS)
+    own = create_abstract(**OPTIONS, gate_head='own', gate_hidden=hidden)
+    before, after = (models.variables_of(m).params for m in (shared, own))
+    added = after.keys() - before.keys()
+    assert before.keys() - after.keys() == {'stages/1/0/gate/slim/kernel'}
+    assert all(models.is_slimming(path) for path in added)
+    assert after[f'slim/{first}/kernel'].shape[0] == 3 * 8
+    assert after['slim/head/kernel'].shape[1] == 3
+    for subnet in (*own.routing_space, own.widest):
+      assert own.cost(subnet, 32) == shared.cost(subnet, 32)
+
+    variables = fixed.random_variables(own)
+    model = models.Architecture(own).bind(variables)
+    images = np.random.default_rng(1).normal(size=(4, 15, 12, 3))
+    features = model.trunk(images.astype(np.float32))
+    found = model.gate_logits(features)
+    np.testing.assert_array_equal(found, model.slim(features))
+    assert found.shape == (4, 3) and np.asarray(found).any()
+
+  def test_other_gates_are_refused(self):
+    with pytest.raises(ValueError, match="gate_head.*'shared' or 'own'"):
+      create_abstract(**OPTIONS, gate_head='none')
+    with pytest.raises(ValueError, match='gate_hidden'):
+      create_abstract(**OPTIONS, gate_head='own', gate_hidden=-1)
+
   def test_widest_is_the_last_bucket_where_the_trunk_has_one_width(self):
     stages = (dict(widths=(12,)), *OPTIONS['stages'][1:])
     model = create_abstract(stem_widths=(8,), stages=stages, gate_stage=1)

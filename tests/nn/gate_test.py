@@ -124,9 +124,11 @@ def pool(x, pooling):
   return np.concatenate([mean, x.max(1), deviation], axis=1)
 
 
-def make_slimming_gate(pooling):
+def make_slimming_gate(pooling, hidden=6):
   return randomize(
-    nn.SlimmingGate(WIDTH, BUCKETS, hidden=6, pooling=pooling, rngs=nnx.Rngs(0))
+    nn.SlimmingGate(
+      WIDTH, BUCKETS, hidden=hidden, pooling=pooling, rngs=nnx.Rngs(0)
+    )
   )
 
 
@@ -143,6 +145,14 @@ class SlimmingGateTest(parameterized.TestCase):
     x = make_input(WIDTH).reshape(5, 6, WIDTH)
     expected = slimming_logits(x, params, pooling)
     assert expected.shape == (5, BUCKETS) and (expected != 0).all()
+    np.testing.assert_allclose(gate(x), expected, rtol=1e-5, atol=1e-5)
+
+  @parameterized.parameters('mean', 'mean_max_std')
+  def test_without_a_hidden_layer_the_head_is_linear(self, pooling):
+    gate, params = make_slimming_gate(pooling, hidden=0)
+    x = make_input(WIDTH).reshape(5, 6, WIDTH)
+    assert params.keys() == {'head'}
+    expected = pool(x, pooling) @ params['head']['kernel']
     np.testing.assert_allclose(gate(x), expected, rtol=1e-5, atol=1e-5)
 
   @parameterized.parameters('mean', 'mean_max_std')

@@ -192,7 +192,7 @@ def test_another_config_is_refused(finished, field, value, message):
     ('model.num_classes', 7, 'num_classes=7, but idx:.* has 3 classes'),
     ('model.name', 'ds_mobilnet', "Unknown model 'ds_mobilnet'"),
     ('dataset.batch_size', 12, '12 does not divide over 8 devices'),
-    ('dataset.batch_size', 160, 'batch_size=160 is larger than the train'),
+    ('dataset.batch_size', 160, 'batch_size=160 is larger than the train part'),
     ('supernet.num_random', 3, 'only 2 sub-networks between'),
     ('supernet.accumulation_steps', 3, 'does not split'),
     ('supernet.optimizer.name', 'sdg', "In config.supernet.optimizer: .*'sdg'"),
