@@ -32,10 +32,11 @@ def get_config() -> ml_collections.ConfigDict:
     crop='pad',
     crop_padding=2,
     flip=False,
+    budget_share=0.25,  # held out of training, to set budgets on
     num_threads=1,
   )
   config.supernet = dict(
-    num_epochs=8.0,
+    num_epochs=10.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     multi_view=False,  # teacher and students see different views

@@ -36,10 +36,11 @@ def get_config() -> ml_collections.ConfigDict:
     crop='pad',
     crop_padding=2,
     flip=False,
+    budget_share=0.2,  # held out of training, to set budgets on
     num_threads=1,
   )
   config.supernet = dict(
-    num_epochs=10.0,
+    num_epochs=12.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     multi_view=False,  # teacher and students see different views
@@ -58,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.calibrate = dict(num_batches=20)
   config.gate = dict(
-    num_epochs=15.0,
+    num_epochs=19.0,
     optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=6e6,
     price_rate=0.1,

@@ -38,10 +38,11 @@ def get_config() -> ml_collections.ConfigDict:
     crop='pad',
     crop_padding=2,
     flip=False,
+    budget_share=0.2,  # held out of training, to set budgets on
     num_threads=1,
   )
   config.supernet = dict(
-    num_epochs=24.0,
+    num_epochs=30.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
     ensemble=False,
     multi_view=True,
@@ -57,7 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
     accumulation_steps=1,
   )
   config.gate = dict(
-    num_epochs=15.0,
+    num_epochs=19.0,
     optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=5e6,
     price_rate=0.1,

@@ -19,7 +19,13 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = dict(
-    name='ds_mobilenet_tiny', num_classes=10, dropout_rate=0.0, dtype='float32'
+    name='ds_mobilenet_tiny',
+    num_classes=10,
+    gate_head='own',  # or 'shared', the published one
+    gate_hidden=(64, 64),
+    gate_pooling='mean_max_std',
+    dropout_rate=0.0,
+    dtype='float32',
   )
   config.init = dict(
     checkpoint=config_dict.placeholder(str),  # a workdir or a weights file
@@ -33,8 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     crop='pad',
     crop_padding=2,
     flip=True,
-    gate_share=0.1,  # images that Stage I never sees, for Stage II
-    budget_share=0.06,  # and those that no stage sees, for budgets
+    gate_share=0.0,  # held out of Stage I, for gate.part='gate'
+    budget_share=0.06,  # held out of training, to set budgets on
     num_threads=1,
   )
   config.supernet = dict(
@@ -57,13 +63,15 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.calibrate = dict(num_batches=50)
   config.gate = dict(
-    part='gate',
+    part='train',  # or 'gate', the images held out
     is_augmented=True,
-    num_epochs=30.0,
+    num_epochs=3.0,
+    target='correctness',  # or 'sandwich', the published one
     optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=2.1e6,  # 61% of the widest's
     price_rate=0.1,
     hard_images='try_best',
+    balances_labels=False,
   )
   config.checkpoint = dict(every_steps=468, keep_last=2, keep_best=1)
   config.log_every_steps = 100

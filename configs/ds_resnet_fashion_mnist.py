@@ -38,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     crop='pad',
     crop_padding=2,
     flip=True,
+    budget_share=0.06,  # held out of training, to set budgets on
     num_threads=1,
   )
   config.supernet = dict(

@@ -43,6 +43,7 @@ def get_config(dataset: str = 'cifar10') -> ml_collections.ConfigDict:
     randaugment_layers=2,
     randaugment_magnitude=9.0,
     erasing_probability=0.25,
+    budget_share=0.06,  # held out of training, to set budgets on
     num_threads=4,
   )
   config.supernet = dict(

@@ -43,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     randaugment_layers=2,
     randaugment_magnitude=9.0,
     erasing_probability=0.25,
+    budget_share=0.02,  # held out of training, to set budgets on
     num_threads=16,
   )
   config.supernet = dict(

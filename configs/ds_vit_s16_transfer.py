@@ -42,6 +42,7 @@ def get_config(dataset: str = 'cifar10') -> ml_collections.ConfigDict:
     crop_scale=(0.5, 1.0),
     crop_ratio=1.0,
     flip=True,
+    budget_share=0.06,  # held out of training, to set budgets on
     num_threads=8,
   )
   config.supernet = dict(

@@ -1,10 +1,10 @@
-"""One sweep over the test images: every sub-network, and the gate.
+"""One sweep over the test images: every sub-network, and the routers.
 
 Axes: S sub-networks, K buckets (the first K of the S), N images, C classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds_jax import mesh as mesh_lib
-from ds_jax import models
+from ds_jax import models, routing
 
 Results = dict[str, Any]
 
@@ -24,12 +24,12 @@ class Sweep:
   Attributes:
     top1: (S, N) bool, whether the largest logit is the label's.
     top5: (S, N) bool, whether the label is among the five largest.
-    buckets: (N,) int, the gate's choice.
+    outcomes: of the buckets, on the same images.
   """
 
   top1: np.ndarray
   top5: np.ndarray
-  buckets: np.ndarray
+  outcomes: routing.Outcomes
 
 
 class Evaluator:
@@ -76,9 +76,8 @@ class Evaluator:
 
   def ends(self, variables, batches) -> dict[str, float]:
     """Returns the top-1 of the narrowest and widest, and their mean."""
-    narrowest, widest = self._collect(variables, batches, self._ends).top1.mean(
-      1
-    )
+    top1 = self._collect(variables, batches, self._ends).top1.mean(1)
+    narrowest, widest = top1
     return {
       'top1/narrowest': float(narrowest),
       'top1/widest': float(widest),
@@ -93,88 +92,130 @@ class Evaluator:
       parts.append(self._run(variables, batch, subnets=subnets))
       # One batch runs while the next is read, and no more are on the way.
       jax.block_until_ready(parts[-2:-1])
-    top1, top5, buckets, mask = (
-      np.concatenate(arrays, axis=-1) for arrays in zip(*parts, strict=True)
+    (hits, outcomes), mask = jax.tree.map(
+      lambda *rows: np.concatenate(rows), *parts
     )
-    return Sweep(top1[:, mask], top5[:, mask], buckets[mask])
+    outcomes = jax.tree.map(lambda rows: rows[mask], outcomes)
+    return Sweep(*hits[mask].transpose(2, 1, 0), outcomes)
 
   def _run_batch(self, variables, batch, subnets):
+    """Returns hits (N, S, 2) and the buckets' outcomes, and the mask."""
     model = self._architecture.bind(variables)
     images, labels = self._normalize(batch['images']), batch['labels']
     features = model.trunk(images)
-    buckets = model.gate_logits(features).argmax(-1)
-    hits = []
-    for subnet in subnets:
-      routed = subnet in model.routing_space
-      logits = (
-        model.branch(features, subnet) if routed else model(images, subnet)
-      )
-      hits.append(_hits(logits, labels))
-    top1, top5 = (jnp.stack(h) for h in zip(*hits, strict=True))
-    return top1, top5, buckets, batch['mask']
+    logits = [
+      model.branch(features, subnet)
+      if subnet in model.routing_space
+      else model(images, subnet)
+      for subnet in subnets
+    ]
+    buckets = logits[: len(model.routing_space)]
+    outcomes = routing.observe(
+      model.gate_logits(features), jnp.stack(buckets, 1), labels
+    )
+    hits = jnp.stack([_hits(x, labels) for x in logits], 1)
+    return (hits, outcomes), batch['mask']
 
 
 def _hits(logits, labels):
-  """Whether (N, C) logits put the label first, and among the first five."""
+  """(N, 2) of logits (N, C): whether the label is first, and in the first 5."""
   first = logits.argmax(-1) == labels
   _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-  return first, (best == labels[:, None]).any(-1)
+  return jnp.stack([first, (best == labels[:, None]).any(-1)], axis=1)
 
 
 def results(
-  sweep: Sweep, costs: Sequence[models.Cost], num_buckets: int
+  sweep: Sweep,
+  model,
+  image_size: int,
+  *,
+  gate: Mapping[str, Any],
+  held_out: routing.Outcomes | None = None,
 ) -> Results:
   """Sums a sweep up, with what any router has to be held against.
 
   Args:
-    sweep: of S sub-networks, the K buckets first.
-    costs: of the S sub-networks, per image.
-    num_buckets: K.
+    sweep: of the model's S sub-networks.
+    model: the supernet; its arrays are not used.
+    image_size: for MAdds.
+    gate: `target` and `target_madds` of the gate's config.
+    held_out: outcomes of images held out, which budgets are set on; None sets
+      them on the sweep's own, which is right for curves and too good for a
+      promise.
 
   Returns:
-    `subnets`, one row a sub-network; `routed`, the gate; at the gate's mean
-    MAdds `static_line` (the straight line between the static sub-networks) and
-    `best_static` (the best at the same or lower MAdds); `random`, a router
-    with the gate's shares and no eyes; `oracle`, which takes the cheapest
-    right bucket, or the first where none is right. Accuracies are in [0, 1].
+    `subnets`, one row a sub-network; `routed`, the gate as a `Predictor` uses
+    it; at its mean MAdds `static_line` (the straight line between the static
+    sub-networks) and `best_static` (the best at the same or lower MAdds);
+    `random`, a router with the gate's shares and no eyes; `oracle`, which takes
+    the cheapest right bucket, or the first where none is right; `routers`, each
+    router's `Point`s over the range of budgets; `ensemble`, whether averaging
+    two buckets' logits helps. Accuracies are in [0, 1].
   """
-  rows = [
-    {
-      'index': i,
-      'madds': cost.madds,
-      'params': cost.params,
-      'top1': float(sweep.top1[i].mean()),
-      'top5': float(sweep.top5[i].mean()),
-    }
-    for i, cost in enumerate(costs)
-  ]
-  buckets = rows[:num_buckets]
-  madds = np.asarray([r['madds'] for r in buckets], np.float64)
-  top1 = np.asarray([r['top1'] for r in buckets])
-  shares = np.bincount(sweep.buckets, minlength=num_buckets)
-  shares = shares / shares.sum()
-  routed = {
-    'top1': _take(sweep.top1, sweep.buckets),
-    'top5': _take(sweep.top5, sweep.buckets),
-    'madds': float(shares @ madds),
-    'shares': shares.tolist(),
-  }
+  costs = routing.BucketCosts.of_model(model, image_size)
+  rows = _subnet_rows(sweep, model, image_size)
+  runs = routing.replay(
+    routing.gate_at_target(held_out, costs, **gate), sweep.outcomes
+  )
+  routed = _routed_row(sweep, runs[:, 0], costs)
+  budgets_of = sweep.outcomes if held_out is None else held_out
+  buckets = rows[: len(costs.branches)]
   return {
-    'num_images': len(sweep.buckets),
+    'num_images': len(sweep.outcomes),
     'subnets': rows,
     'routed': routed,
+    **_at_equal_cost(routed, buckets),
+    'oracle': _oracle(sweep.outcomes.right, costs),
+    'budgets_set_on': 'test images' if held_out is None else 'held-out images',
+    'routers': _router_rows(
+      budgets_of, sweep.outcomes, costs, routing.utility_of(gate['target'])
+    ),
+    'ensemble': routing.ensemble(budgets_of, sweep.outcomes),
+  }
+
+
+def _subnet_rows(sweep, model, image_size):
+  rows = []
+  for i, subnet in enumerate(models.sub_networks(model)):
+    cost = model.cost(subnet, image_size)
+    rows.append(
+      {
+        'index': i,
+        'madds': cost.madds,
+        'params': cost.params,
+        'top1': float(sweep.top1[i].mean()),
+        'top5': float(sweep.top5[i].mean()),
+      }
+    )
+  return rows
+
+
+def _routed_row(sweep, chosen, costs):
+  images = np.arange(len(chosen))
+  shares = np.bincount(chosen, minlength=len(costs.branches)) / len(chosen)
+  return {
+    'top1': float(sweep.top1[chosen, images].mean()),
+    'top5': float(sweep.top5[chosen, images].mean()),
+    'madds': float(shares @ costs.buckets),
+    'shares': shares.tolist(),
+  }
+
+
+def _at_equal_cost(routed, buckets):
+  """The line, the best bucket and the coin at the gate's MAdds."""
+  madds = [row['madds'] for row in buckets]
+  top1 = [row['top1'] for row in buckets]
+  return {
     'static_line': {
       'top1': float(np.interp(routed['madds'], madds, top1)),
       'madds': routed['madds'],
     },
     'best_static': _best_static(buckets, routed['madds']),
-    'random': {'top1': float(shares @ top1), 'madds': routed['madds']},
-    'oracle': _oracle(sweep.top1[:num_buckets], madds),
+    'random': {
+      'top1': float(np.dot(routed['shares'], top1)),
+      'madds': routed['madds'],
+    },
   }
-
-
-def _take(hits, buckets) -> float:
-  return float(hits[buckets, np.arange(len(buckets))].mean())
 
 
 def _best_static(rows, madds):
@@ -184,35 +225,37 @@ def _best_static(rows, madds):
   return {k: best[k] for k in ('index', 'madds', 'top1')}
 
 
-def _oracle(right, madds):
+def _oracle(right, costs):
   # argmax is the first right bucket, and 0 where none is.
-  chosen = right.argmax(0)
+  chosen = right.argmax(1)
+  shares = np.bincount(chosen, minlength=len(costs.branches)) / len(chosen)
   return {
-    'top1': float(right.any(0).mean()),
-    'madds': float(madds[chosen].mean()),
-    'shares': (
-      np.bincount(chosen, minlength=len(madds)) / len(chosen)
-    ).tolist(),
+    'top1': float(right.any(1).mean()),
+    'madds': float(shares @ costs.buckets),
+    'shares': shares.tolist(),
   }
 
 
-def table(results: Results) -> str:
-  """Returns `results` as text for people."""
-  widest = max(row['madds'] for row in results['subnets'])
-  lines = [
-    f'{"":>14} {"top-1 %":>8} {"top-5 %":>8} {"MAdds":>15} {"of widest":>9}'
-  ]
-
-  def add(name, row):
-    top5 = f'{100 * row["top5"]:8.2f}' if 'top5' in row else ' ' * 8
-    lines.append(
-      f'{name:>14} {100 * row["top1"]:8.2f} {top5} {row["madds"]:15,.0f}'
-      f' {row["madds"] / widest:9.1%}'
+def _router_rows(held_out, outcomes, costs, utility):
+  """Every router's points, at each twentieth of the dearest bucket's MAdds."""
+  low, high = costs.buckets[0], costs.buckets[-1]
+  steps = np.arange(1, 21) / 20 * high
+  budgets = [float(low), *(m for m in steps if m > low)]
+  dials: dict[str, routing.Dial] = {
+    'gate': routing.GateDial(held_out, costs, utility)
+  }
+  for score in routing.SCORES:
+    dials[f'cascade, {score}'] = routing.CascadeDial(
+      held_out, costs, score=score
     )
-
-  for row in results['subnets']:
-    add(f'subnet {row["index"]}', row)
-  for name in ('routed', 'static_line', 'best_static', 'random', 'oracle'):
-    add(name, results[name])
-  shares = ' '.join(f'{share:.1%}' for share in results['routed']['shares'])
-  return '\n'.join([*lines, f'Images per bucket: {shares}'])
+  if len(costs.branches) > 2:
+    middle = len(costs.branches) // 2
+    ladder = (0, middle, len(costs.branches) - 1)
+    dials[f'ladder {ladder}'] = routing.CascadeDial(held_out, costs, ladder)
+  return {
+    name: [
+      dataclasses.asdict(point)
+      for point in routing.curve(dial, budgets, outcomes, costs)
+    ]
+    for name, dial in dials.items()
+  }

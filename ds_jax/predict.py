@@ -3,15 +3,16 @@
 Axes: N images, H, W, K buckets, C classes.
 """
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import checkpoint, data, models, routing
+from ds_jax import checkpoint, data, models, routing, validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Prediction:
   Attributes:
     logits: (N, C) float32.
     labels: (N,) int32, the largest logit.
-    buckets: (N,) int32, the sub-network that ran.
-    madds: (N,) int64, multiply-adds spent.
+    buckets: (N,) int32, the sub-network whose answer it is.
+    madds: (N,) int64, multiply-adds spent, on all sub-networks that ran.
   """
 
   logits: np.ndarray
@@ -32,13 +33,14 @@ class Prediction:
 
 
 class Predictor:
-  """`predictor(images)` routes every image through the bucket its gate picks.
+  """`predictor(images)` routes every image to the bucket that will do.
 
   Each batch shape compiles once, into one program that holds every branch.
 
   Attributes:
     model: the network, weights included.
     image_size: what images are resized to.
+    router: which buckets run for an image; see `with_budget`.
   """
 
   def __init__(
@@ -50,6 +52,8 @@ class Predictor:
     std: Sequence[float],
     crop_ratio: float = 1.0,
     has_gate: bool = True,
+    gate: Mapping[str, Any] | None = None,
+    held_out: routing.Outcomes | None = None,
   ):
     """Wraps a model; `restore` is the usual way here.
 
@@ -60,16 +64,21 @@ class Predictor:
       std: of the channels, in units of pixel / 255.
       crop_ratio: share of the short side kept of images of another size.
       has_gate: whether the slimming head is trained.
+      gate: `target` and `target_madds` of the gate's config; None means an SGS
+        gate that spends what it was trained to.
+      held_out: outcomes of images that no training has seen, which budgets are
+        set on.
     """
     self.model = model
     self.image_size = image_size
     self._has_gate = has_gate
     self._crop_ratio = crop_ratio
+    self._gate = gate or {'target': 'sandwich', 'target_madds': None}
+    self._held_out = held_out
     self._variables = models.variables_of(model)
     self._sub_networks = models.sub_networks(model)
-    self._madds = np.asarray(
-      [model.cost(s, image_size).madds for s in self._sub_networks], np.int64
-    )
+    self._costs = routing.BucketCosts.of_model(model, image_size)
+    self.router = routing.gate_at_target(held_out, self._costs, **self._gate)
     architecture = models.Architecture(model)
     normalize = functools.partial(data.normalize, mean=mean, std=std)
     self._route = jax.jit(functools.partial(_route, architecture, normalize))
@@ -100,8 +109,63 @@ class Predictor:
       mean=meta['mean'],
       std=meta['std'],
       crop_ratio=meta['crop_ratio'],
-      has_gate=meta['stage'] in ('gate', 'converted'),
+      has_gate=meta['stage'] in ('gate', 'budget', 'converted'),
+      gate=meta.get('gate'),
+      held_out=routing.images_held_out(restored.tree),
     )
+
+  def with_budget(
+    self,
+    madds: float | None = None,
+    *,
+    fraction: float | None = None,
+    router: str = 'gate',
+    score: str = 'margin',
+    ladder: Sequence[int] | None = None,
+  ) -> 'Predictor':
+    """Returns this predictor with another mean cost of an image.
+
+    The budget holds on average over images like those held out, which it is
+    set on. Nothing is trained, and nothing compiled but for another kind of
+    router.
+
+    Args:
+      madds: mean multiply-adds an image.
+      fraction: the same, as a share of the dearest bucket's.
+      router: `gate` chooses one bucket; `cascade` runs the buckets of a ladder
+        until one is sure.
+      score: what a cascade is sure by: `probability`, `margin`, `entropy` or
+        `learned`.
+      ladder: a cascade's buckets, rising; None means the first and the last.
+
+    Raises:
+      BudgetError: if the budget is out of the router's range.
+      ValueError: unless either madds or fraction is given, for an unknown
+        router, score or ladder, or if there are no images to set budgets on.
+    """
+    if (madds is None) == (fraction is None):
+      raise ValueError(
+        f'with_budget(madds={madds}, fraction={fraction}): expected one of the'
+        ' two.'
+      )
+    validation.check_choice('router', router, ('gate', 'cascade'))
+    if self._held_out is None:
+      raise ValueError(
+        'This checkpoint has no outcomes of held-out images to set a budget on:'
+        ' train with config.dataset.budget_share, for example 0.05, to the end'
+        ' of the run.'
+      )
+    if madds is None:
+      madds = fraction * float(self._costs.buckets.max())
+    if router == 'cascade':
+      dial = routing.CascadeDial(self._held_out, self._costs, ladder, score)
+    else:
+      utility = routing.utility_of(self._gate['target'])
+      dial = routing.GateDial(self._held_out, self._costs, utility)
+    # Shares the compiled programs.
+    other = copy.copy(self)
+    other.router = dial.router(madds)
+    return other
 
   def __call__(
     self, images: np.ndarray, subnet: int | None = None
@@ -112,7 +176,7 @@ class Predictor:
       images: (N, H, W, 3) or (N, H, W, 1) uint8. Those of another size are
         brought to `image_size` as evaluation does.
       subnet: runs this sub-network for every image: a bucket, or K for the
-        widest network where it is not a bucket. None lets the gate choose.
+        widest network where it is not a bucket. None leaves it to the router.
 
     Returns:
       The prediction, on the host.
@@ -122,16 +186,46 @@ class Predictor:
         or a gate that is not trained yet.
     """
     images = self._prepare(images)
-    if subnet is None:
+    if subnet is not None:
+      return self._run_one(images, subnet)
+    if self.router.uses_gate:
       self._check_gate()
-      logits, buckets = self._route(self._variables, images)
-    else:
-      chosen = self._sub_network(subnet)
-      logits = self._run(self._variables, images, subnet=chosen)
-      buckets = np.full(len(images), chosen.index, np.int32)
-    logits, buckets = np.asarray(logits), np.asarray(buckets)
-    labels = logits.argmax(-1).astype(np.int32)
-    return Prediction(logits, labels, buckets, self._madds[buckets])
+    routed = self.program()(images)
+    runs, logits = np.asarray(routed.runs), np.asarray(routed.logits)
+    last = np.asarray(routing.last_bucket(runs, self.router.num_buckets))
+    return Prediction(
+      logits,
+      logits.argmax(-1).astype(np.int32),
+      last.astype(np.int32),
+      self._costs.of_runs(runs),
+    )
+
+  def program(self, subnet: int | None = None) -> Callable[[jax.Array], Any]:
+    """Returns the compiled part of a prediction, whose results stay on device.
+
+    Args:
+      subnet: as in `__call__`.
+
+    Returns:
+      A function of images (N, S, S, 3) uint8 to logits (N, C), or, of the
+      router, to `routing.Routed`.
+    """
+    if subnet is None:
+      return functools.partial(self._route, self._variables, self.router)
+    return functools.partial(
+      self._run, self._variables, subnet=self._sub_network(subnet)
+    )
+
+  def _run_one(self, images, subnet) -> Prediction:
+    chosen = self._sub_network(subnet)
+    logits = np.asarray(self.program(subnet)(images))
+    madds = self.model.cost(chosen, self.image_size).madds
+    return Prediction(
+      logits,
+      logits.argmax(-1).astype(np.int32),
+      np.full(len(images), chosen.index, np.int32),
+      np.full(len(images), madds, np.int64),
+    )
 
   def _prepare(self, images) -> np.ndarray:
     images = np.asarray(images)
@@ -171,14 +265,13 @@ class Predictor:
     return self._sub_networks[index]
 
 
-def _route(architecture, normalize, variables, images):
+def _route(architecture, normalize, variables, router, images):
   model = architecture.bind(variables)
   features = model.trunk(normalize(images))
-  buckets = model.gate_logits(features).argmax(-1).astype(jnp.int32)
   branches = [
     functools.partial(model.branch, subnet=s) for s in model.routing_space
   ]
-  return routing.dispatch_images(buckets, branches, features), buckets
+  return routing.route(router, branches, model.gate_logits(features), features)
 
 
 def _run(architecture, normalize, variables, images, subnet):

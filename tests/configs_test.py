@@ -49,6 +49,9 @@ def test_config_is_read_and_fits_its_model(get_config):
     mesh=mesh.make_mesh(jax.devices()[:1]),
   )
   assert experiment.supernet.num_random <= len(model.routing_space) - 1
+  # A run refuses what it holds no images out for.
+  assert 0 < experiment.dataset.budget_share < 0.5
+  assert (experiment.gate.part == 'gate') == (experiment.dataset.gate_share > 0)
 
 
 @pytest.mark.parametrize('path', _CONFIGS, ids=lambda path: path.stem)

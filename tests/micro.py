@@ -28,7 +28,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.model = dict(MODEL, dropout_rate=0.1, dtype='float32')
   config.dataset = dict(
-    name='idx', image_size=8, batch_size=16, crop_padding=1, num_threads=1
+    name='idx',
+    image_size=8,
+    batch_size=16,
+    crop_padding=1,
+    gate_share=0.0,
+    budget_share=0.0,
+    num_threads=1,
   )
   config.supernet = dict(
     num_epochs=8.0,

@@ -1,5 +1,6 @@
 """The predictor against the model run by hand, and its errors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,19 +8,48 @@ from absl.testing import parameterized
 
 import ds_jax
 import micro
-from ds_jax import checkpoint, data, models, predict
-from ds_jax.train import loop
+from ds_jax import checkpoint, data, models, predict, routing
+from ds_jax.train import experiment, loop
+from models import fixed
+
+
+def make_images(count):
+  generator = np.random.default_rng(2)
+  # Of many colours, so that the gate tells them apart.
+  colours = generator.integers(0, 200, (count, 1, 1, 3))
+  noise = generator.integers(0, 56, (count, 8, 8, 3))
+  return (colours + noise).astype(np.uint8)
+
+
+def as_floats(images):
+  return (jnp.asarray(images, jnp.float32) / 255 - 0.4) / 0.2
+
+
+def make_model(images, **options):
+  """A network whose buckets and gate tell these images apart."""
+  model = models.create_abstract_model(**micro.MODEL, **options)
+  variables = fixed.calibrated_variables(model, as_floats(images))
+  params = dict(variables.params)
+  params['classifier/kernel'] *= 5
+  model = models.Architecture(model).bind(variables.replace(params=params))
+  head = (
+    model.slim.head if model.slim else model.stages[1][0].gate.slim
+  ).kernel
+  if model.slim is None:
+    # No bucket is best for the mean image.
+    features = model.trunk(as_floats(images))
+    mean = model.stages[1][0].gate.reduced(features).mean(0)
+    head[...] -= jnp.outer(mean, mean @ head[...]) / (mean @ mean)
+  head[...] *= 5
+  return model
 
 
 class PredictorTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.model = ds_jax.create_model(**micro.MODEL)
-    kernel = cls.model.stages[1][0].gate.slim.kernel
-    generator = np.random.default_rng(2)
-    kernel[...] = jnp.asarray(generator.normal(size=kernel.shape), jnp.float32)
-    cls.images = generator.integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
+    cls.images = make_images(40)
+    cls.model = make_model(cls.images)
     cls.predictor = predict.Predictor(
       cls.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
     )
@@ -28,7 +58,7 @@ class PredictorTest(parameterized.TestCase):
   def test_each_image_takes_the_branch_of_its_gate(self, batch_size):
     images = self.images[:batch_size]
     prediction = self.predictor(images)
-    floats = (jnp.asarray(images, jnp.float32) / 255 - 0.4) / 0.2
+    floats = as_floats(images)
     features = self.model.trunk(floats)
     buckets = np.asarray(self.model.gate_logits(features)).argmax(-1)
     np.testing.assert_array_equal(prediction.buckets, buckets)
@@ -52,7 +82,7 @@ class PredictorTest(parameterized.TestCase):
   @parameterized.parameters(0, 2, 3)
   def test_a_bucket_can_be_forced(self, index):
     prediction = self.predictor(self.images[:5], subnet=index)
-    floats = (jnp.asarray(self.images[:5], jnp.float32) / 255 - 0.4) / 0.2
+    floats = as_floats(self.images[:5])
     subnet = models.sub_networks(self.model)[index]
     np.testing.assert_allclose(
       prediction.logits, self.model(floats, subnet), rtol=1e-4, atol=1e-5
@@ -98,6 +128,313 @@ class PredictorTest(parameterized.TestCase):
       self.predictor(self.images[:1], subnet=index)
 
 
+class BudgetTest(parameterized.TestCase):
+  """Budgets set on 60 images; the first 24 of them are classified."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    images = make_images(60)
+    cls.model = make_model(images, gate_head='own')
+    labels = np.random.default_rng(3).integers(0, 3, 60).astype(np.int32)
+    floats = as_floats(images)
+    space = cls.model.routing_space
+    logits = jnp.stack([cls.model(floats, s) for s in space], 1)
+    gate_logits = cls.model.gate_logits(cls.model.trunk(floats))
+    cls.held_out = jax.tree.map(
+      np.asarray, routing.observe(gate_logits, logits, labels)
+    )
+    cls.logits = np.asarray(logits, np.float64)
+    cls.gate_logits = np.asarray(gate_logits, np.float64)
+    cls.images = images
+    cls.costs = [cls.model.cost_in_parts(s, 8) for s in space]
+    cls.trunk = cls.costs[0][0].madds
+    cls.branches = np.asarray([branch.madds for _, branch in cls.costs])
+    cls.predictor = cls.make()
+
+  @classmethod
+  def make(cls, **options):
+    return predict.Predictor(
+      cls.model,
+      image_size=8,
+      mean=(0.4,) * 3,
+      std=(0.2,) * 3,
+      **{'held_out': cls.held_out, **options},
+    )
+
+  def assert_answers(self, prediction, buckets):
+    """Each image has the answer of its bucket, which is the model's."""
+    expected = self.logits[np.arange(len(buckets)), buckets]
+    np.testing.assert_array_equal(prediction.buckets, buckets)
+    # A tile adds up in another order than the whole batch.
+    np.testing.assert_allclose(
+      prediction.logits, expected, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(
+      prediction.labels, prediction.logits.argmax(-1)
+    )
+
+  def assert_spends(self, prediction, madds):
+    """On the images that it is set on, to one image more or less."""
+    step = (self.trunk + self.branches.sum()) / len(self.images)
+    assert abs(prediction.madds.mean() - madds) <= 0.02 * madds + step
+
+  def test_the_answers_and_the_gate_tell_images_and_buckets_apart(self):
+    # Thousands of times what the comparisons let pass.
+    assert (self.logits.std(0) > 0.05).all()
+    assert (np.ptp(self.logits, 1).mean(0) > 0.05).all()
+    assert (self.gate_logits.std(0) > 0.05).all()
+
+  @parameterized.parameters(0.84, 0.9, 0.96)
+  def test_gate_keeps_a_budget_by_a_price(self, fraction):
+    dearest = self.trunk + self.branches[-1]
+    assert self.trunk + self.branches[0] < 0.8 * dearest
+    prediction = self.predictor.with_budget(fraction=fraction)(self.images)
+    self.assert_answers(prediction, prediction.buckets)
+    self.assert_spends(prediction, fraction * dearest)
+    np.testing.assert_array_equal(
+      prediction.madds, self.trunk + self.branches[prediction.buckets]
+    )
+    # Some price makes these very choices.
+    shares = (self.branches - self.branches[0]) / np.ptp(self.branches)
+    utilities = self.gate_logits[None] - (
+      np.linspace(-20, 20, 40001)[:, None, None] * shares[None, None]
+    )
+    agrees = (utilities.argmax(-1) == prediction.buckets[None]).mean(1)
+    # An image at the very price may fall on either side.
+    assert agrees.max() >= 1 - 1 / len(self.images)
+
+  @parameterized.parameters(0, 2)
+  def test_gate_s_ends_send_all_images_to_one_bucket(self, bucket):
+    madds = float(self.trunk + self.branches[bucket])
+    predictors = [self.predictor.with_budget(madds=madds)]
+    if bucket == 2:
+      predictors.append(self.predictor.with_budget(fraction=1.0))
+    for predictor in predictors:
+      prediction = predictor(self.images[:24])
+      expected = self.logits[:24, bucket]
+      np.testing.assert_allclose(
+        prediction.logits, expected, rtol=1e-4, atol=1e-5
+      )
+      assert (prediction.buckets == bucket).all()
+      assert (prediction.madds == madds).all()
+
+  def sureness(self, score, bucket):
+    logits = self.logits[:, bucket]
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    ordered = np.sort(logits, -1)
+    return {
+      'probability': shares.max(-1),
+      'margin': ordered[:, -1] - ordered[:, -2],
+      'entropy': (shares * np.log(shares)).sum(-1),
+    }[score]
+
+  @parameterized.parameters('probability', 'margin', 'entropy')
+  def test_a_cascade_goes_on_where_the_first_answer_is_least_sure(self, score):
+    madds = self.trunk + self.branches[0] + 0.4 * self.branches[-1]
+    predictor = self.predictor.with_budget(
+      madds=madds, router='cascade', score=score
+    )
+    prediction = predictor(self.images)
+    self.assert_spends(prediction, madds)
+    # 0.4 of the images, to one of them.
+    goes_on = prediction.buckets == 2
+    count = goes_on.sum()
+    assert abs(count - 24) <= 2
+    least = np.argsort(self.sureness(score, 0))[:count]
+    assert set(least) == set(np.flatnonzero(goes_on))
+    self.assert_answers(prediction, np.where(goes_on, 2, 0))
+    # Both branches ran for these, and the trunk once.
+    both = self.trunk + self.branches[0] + self.branches[2]
+    np.testing.assert_array_equal(
+      prediction.madds, np.where(goes_on, both, self.trunk + self.branches[0])
+    )
+
+  def test_a_cascade_spends_more_on_nothing_but_every_branch(self):
+    most = float(self.trunk + self.branches[[0, 2]].sum())
+    assert most > self.trunk + self.branches[2]
+    prediction = self.predictor.with_budget(madds=most, router='cascade')(
+      self.images[:24]
+    )
+    self.assert_answers(prediction, np.full(24, 2))
+    assert (prediction.madds == most).all()
+
+  def test_a_ladder_counts_every_rung(self):
+    madds = self.trunk + self.branches[0] + 0.5 * self.branches[1:].sum()
+    predictor = self.predictor.with_budget(
+      madds=madds, router='cascade', ladder=(0, 1, 2)
+    )
+    prediction = predictor(self.images)
+    self.assert_spends(prediction, madds)
+    self.assert_answers(prediction, prediction.buckets)
+    assert set(prediction.buckets) == {0, 1, 2}
+    spent = self.trunk + np.cumsum(self.branches)
+    np.testing.assert_array_equal(prediction.madds, spent[prediction.buckets])
+
+  def test_a_ladder_may_leave_out_buckets(self):
+    predictor = self.predictor.with_budget(
+      madds=self.trunk + self.branches[1] + 0.5 * self.branches[2],
+      router='cascade',
+      ladder=(1, 2),
+    )
+    prediction = predictor(self.images)
+    assert set(prediction.buckets) == {1, 2}
+    both = self.trunk + self.branches[1] + self.branches[2]
+    np.testing.assert_array_equal(
+      prediction.madds,
+      np.where(prediction.buckets == 2, both, self.trunk + self.branches[1]),
+    )
+
+  def test_a_learned_score_is_a_rule_on_the_first_answer(self):
+    madds = self.trunk + self.branches[0] + 0.4 * self.branches[-1]
+    predictor = self.predictor.with_budget(
+      madds=madds, router='cascade', score='learned'
+    )
+    prediction = predictor(self.images)
+    self.assert_spends(prediction, madds)
+    self.assert_answers(prediction, prediction.buckets)
+    head = predictor.router.learned
+    scores = self.held_out.confidence.scores[:, 0].astype(np.float64)
+    labels = self.logits[:, 0].argmax(-1)
+    sureness = scores @ np.asarray(head.weights, np.float64)
+    sureness += np.append(np.asarray(head.biases, np.float64), [0] * 3)[labels]
+    goes_on = prediction.buckets == 2
+    assert 0 < goes_on.sum() < 60
+    assert sureness[goes_on].max() <= sureness[~goes_on].min() + 1e-5
+
+  def test_budgets_are_of_a_new_predictor(self):
+    predictor = self.make()
+    before = predictor(self.images[:24])
+    cheap = predictor.with_budget(madds=float(self.trunk + self.branches[0]))
+    assert (cheap(self.images[:24]).buckets == 0).all()
+    after = predictor(self.images[:24])
+    for field in ('logits', 'buckets', 'madds'):
+      np.testing.assert_array_equal(
+        getattr(before, field), getattr(after, field)
+      )
+    assert before.buckets.any()
+
+  def test_another_budget_compiles_nothing(self):
+    predictor, images = self.make(), self.images[:8]
+    size = predictor._route._cache_size
+    predictor(images)
+    assert size() == 1
+    for fraction in (0.85, 0.9, 1.0):
+      predictor.with_budget(fraction=fraction)(images)
+    assert size() == 1
+    # Another kind of router is another program, and for all of its budgets.
+    for count, options in enumerate(
+      (
+        dict(score='margin'),
+        dict(score='entropy'),
+        dict(score='learned'),
+        dict(ladder=(0, 1, 2)),
+      ),
+      2,
+    ):
+      for fraction in (0.85, 0.9, 1.0):
+        other = predictor.with_budget(
+          fraction=fraction, router='cascade', **options
+        )
+        other(images)
+        assert size() == other._route._cache_size() == count
+
+  @parameterized.parameters(
+    ('sandwich', None), ('sandwich', 0.85), ('correctness', 0.85)
+  )
+  def test_without_a_budget_the_gate_keeps_its_target(self, target, share):
+    dearest = self.trunk + self.branches[-1]
+    madds = share and share * dearest
+    predictor = self.make(gate={'target': target, 'target_madds': madds})
+    prediction = predictor(self.images)
+    self.assert_answers(prediction, prediction.buckets)
+    if share:
+      self.assert_spends(prediction, madds)
+    else:
+      chosen = self.gate_logits.argmax(-1)
+      np.testing.assert_array_equal(prediction.buckets, chosen)
+
+  def test_a_gate_of_correctness_weighs_probabilities(self):
+    """Which are other choices at the same cost than those of the logits."""
+    dearest = float(self.trunk + self.branches[-1])
+    chosen = {}
+    for target in ('sandwich', 'correctness'):
+      gate = {'target': target, 'target_madds': None}
+      predictor = self.make(gate=gate).with_budget(madds=0.9 * dearest)
+      chosen[target] = predictor(self.images).buckets
+    shares = (self.branches - self.branches[0]) / np.ptp(self.branches)
+    prices = np.linspace(-3, 3, 40001)[:, None, None]
+    probability = 1 / (1 + np.exp(-self.gate_logits))
+    utilities = probability[None] - prices * shares[None, None]
+    agrees = (utilities.argmax(-1) == chosen['correctness'][None]).mean(1)
+    assert agrees.max() >= 1 - 1 / len(self.images)
+    assert (chosen['sandwich'] != chosen['correctness']).sum() > 2
+
+  @parameterized.parameters(
+    ({}, r'madds=None, fraction=None\): expected one of the two'),
+    (
+      {'madds': 5e3, 'fraction': 0.5},
+      r'madds=5000.0, fraction=0.5\): expected one of the two',
+    ),
+    (
+      {'fraction': 0.9, 'router': 'random'},
+      "router='random': expected 'gate' or 'cascade'",
+    ),
+    (
+      {'fraction': 0.9, 'router': 'cascade', 'score': 'luck'},
+      "score='luck': expected 'probability' or 'margin'",
+    ),
+    (
+      {'fraction': 0.9, 'router': 'cascade', 'ladder': (2, 0)},
+      r'ladder=\(2, 0\): expected .* 0 to 2, rising',
+    ),
+    (
+      {'fraction': 0.9, 'router': 'cascade', 'ladder': (0, 3)},
+      r'ladder=\(0, 3\): expected .* 0 to 2, rising',
+    ),
+  )
+  def test_budgets_that_make_no_sense_are_refused(self, options, message):
+    with pytest.raises(ValueError, match=message):
+      self.predictor.with_budget(**options)
+
+  @parameterized.parameters('gate', 'cascade')
+  def test_a_budget_out_of_range_names_the_range(self, router):
+    low = self.trunk + self.branches[0]
+    high = self.trunk + self.branches[2]
+    if router == 'cascade':
+      high += self.branches[0]
+    for madds in (low - 1, high + 1):
+      with pytest.raises(routing.BudgetError) as raised:
+        self.predictor.with_budget(madds=madds, router=router)
+      assert f'spends {low:,} to {high:,}.' in str(raised.value)
+    for madds in (low, high):
+      self.predictor.with_budget(madds=madds, router=router)
+
+  def test_without_images_held_out_there_are_no_budgets(self):
+    predictor = self.make(held_out=None)
+    for router in ('gate', 'cascade'):
+      with pytest.raises(ValueError, match='config.dataset.budget_share'):
+        predictor.with_budget(fraction=0.9, router=router)
+
+  def test_an_untrained_gate_routes_nothing_and_a_cascade_needs_none(self):
+    predictor = self.make(has_gate=False)
+    with pytest.raises(ValueError, match='before Stage II'):
+      predictor(self.images[:4])
+    with pytest.raises(ValueError, match='before Stage II'):
+      predictor.with_budget(fraction=0.9)(self.images[:4])
+    cascade = predictor.with_budget(fraction=0.9, router='cascade')
+    assert cascade(self.images[:4]).logits.shape == (4, 3)
+
+  def test_widest_that_is_no_bucket_reports_its_own_madds(self):
+    assert self.model.widest.index == 3
+    prediction = self.predictor(self.images[:5], subnet=3)
+    widest = self.model.cost(self.model.widest, 8).madds
+    assert widest > self.trunk + self.branches[2]
+    assert (prediction.madds == widest).all()
+    assert (prediction.buckets == 3).all()
+
+
 def test_restores_from_a_run_at_any_stage(tmp_path):
   config = micro.get_config()
   config.dataset.name = micro.write_images(tmp_path)
@@ -130,6 +467,50 @@ def test_restores_from_a_run_at_any_stage(tmp_path):
   assert predictor(images, subnet=0).logits.shape == (40, 3)
   with pytest.raises(ValueError, match='before Stage II'):
     predictor(images)
+
+
+def test_restores_budgets_from_a_run_that_held_images_out(tmp_path):
+  config = micro.get_config()
+  config.dataset.name = micro.write_images(tmp_path)
+  config.dataset.budget_share = 0.25
+  config.supernet.num_epochs = 1.0
+  config.gate.num_epochs = 1.0
+  config.calibrate.num_batches = 2
+  results = loop.train(config, tmp_path)
+
+  def stack(source, field):
+    return np.stack([source[i][field] for i in range(len(source))])
+
+  dataset = experiment.Experiment.from_config(config).dataset
+  held_out, test = (data.load_part(dataset, p) for p in ('budget', 'test'))
+  assert len(held_out) == 20
+  predictor = ds_jax.Predictor.restore(tmp_path)
+  costs = [
+    predictor.model.cost(s, 8).madds for s in predictor.model.routing_space
+  ]
+  # One image more or less.
+  step = 2 * np.ptp(costs) / 20
+  for madds in (4e3, 0.5 * (costs[0] + costs[-1])):
+    cascade = predictor.with_budget(madds=madds, router='cascade')
+    spent = cascade(stack(held_out, 'image')).madds.mean()
+    assert abs(spent - madds) <= 0.02 * madds + step
+
+  # The gate as it was evaluated.
+  prediction = predictor(stack(test, 'image'))
+  top1 = (prediction.labels == stack(test, 'label')).mean()
+  assert top1 == results['routed']['top1']
+  np.testing.assert_allclose(
+    prediction.madds.mean(), results['routed']['madds'], rtol=1e-9
+  )
+  # And a cascade.
+  for point in results['routers']['cascade, margin']:
+    cascade = predictor.with_budget(madds=point['budget'], router='cascade')
+    prediction = cascade(stack(test, 'image'))
+    np.testing.assert_allclose(
+      prediction.madds.mean(), point['madds'], rtol=1e-9
+    )
+    top1 = (prediction.labels == stack(test, 'label')).mean()
+    np.testing.assert_allclose(top1, point['top1'], rtol=1e-9)
 
 
 def test_restoring_nothing_says_so(tmp_path):

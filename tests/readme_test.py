@@ -11,7 +11,7 @@ from flax import serialization
 
 import ds_jax
 import micro
-from ds_jax import checkpoint, models, summary
+from ds_jax import checkpoint, models, routing, summary
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _README = (_ROOT / 'README.md').read_text()
@@ -26,21 +26,50 @@ def _commands():
   return [part for line in lines for part in line.split(' && ')]
 
 
-def test_predicting_in_three_lines(tmp_path, capsys):
-  (code,) = _blocks('python')
-  assert len(code.splitlines()) == 3
-  # A run's checkpoint, without the run.
-  network = models.variables_of(ds_jax.create_model(**micro.MODEL))
+@pytest.fixture
+def run(tmp_path):
+  """A finished run's checkpoint, without the run."""
+  model = ds_jax.create_model(**micro.MODEL)
+  rng = np.random.default_rng(0)
+  outcomes = routing.observe(
+    rng.normal(size=(200, 3)).astype(np.float32),
+    rng.normal(size=(200, 3, 3)).astype(np.float32),
+    rng.integers(0, 3, 200),
+  )
+  state = {
+    'network': models.variables_of(model),
+    'outcomes': outcomes,
+    'mask': np.ones(200, bool),
+  }
   meta = {
-    'stage': 'gate', 'model': micro.MODEL, 'image_size': 8,
+    'stage': 'budget', 'model': micro.MODEL, 'image_size': 8,
     'crop_ratio': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3,
+    'gate': {'target': 'sandwich', 'target_madds': 4e3},
   }  # fmt: skip
   with checkpoint.Checkpointer(checkpoint.directory_of(tmp_path)) as saver:
-    saver.save(1, {'network': serialization.to_state_dict(network)}, meta)
-  images = np.zeros((5, 8, 8, 3), np.uint8)
-  exec(code.replace('runs/digits', str(tmp_path)), {'images': images})
+    saver.save(1, serialization.to_state_dict(state), meta)
+  return tmp_path
+
+
+def test_predicting_in_three_lines_and_budgets(run, capsys):
+  three_lines, budgets = _blocks('python')
+  assert len(three_lines.splitlines()) == 3
+  names = {'images': np.zeros((5, 8, 8, 3), np.uint8)}
+  exec(three_lines.replace('runs/digits', str(run)), names)
   labels = capsys.readouterr().out.strip()
   assert re.fullmatch(r'\[\d \d \d \d \d\]', labels)
+  # The narrowest of so small a model costs more than 40% of the dearest.
+  exec(budgets.replace('0.4', '0.9'), names)
+  assert names['cheap'](names['images']).labels.shape == (5,)
+  assert len(names['better'].router.runs) == 2
+
+
+def test_the_routers_page_runs(run):
+  page = (_ROOT / 'docs/routing.md').read_text()
+  (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  code = code.replace('runs/fashion', str(run)).replace('0.4', '0.9')
+  code = code.replace('2e6', '4e3')
+  exec(code, {'ds_jax': ds_jax, 'images': np.zeros((5, 8, 8, 3), np.uint8)})
 
 
 def test_there_are_two_commands_to_start_with():

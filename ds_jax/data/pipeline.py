@@ -206,6 +206,7 @@ def eval_batches(
   config: DataConfig,
   part: str = 'test',
   *,
+  start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -214,6 +215,7 @@ def eval_batches(
   Args:
     config: what to read.
     part: as in `load_part`.
+    start_step: the first batch given.
     process_index: this process reads the process_index-th part of each global
       batch.
     process_count: how many processes share a batch.
@@ -236,7 +238,7 @@ def eval_batches(
     return _masked_batch([source[i] for i in indices], local_size, config)
 
   steps = grain.MapDataset.range(num_eval_batches(config, part))
-  return _iterate(steps.map(load_batch), config.num_threads)
+  return _iterate(steps.map(load_batch)[start_step:], config.num_threads)
 
 
 def num_eval_batches(config: DataConfig, part: str = 'test') -> int:

@@ -18,7 +18,7 @@ Features = Any
 class SlicedNetwork(nnx.Module):
   """A supernet; `model(images, subnet)` runs one sub-network of it.
 
-  A family is `trunk`, `gate_logits`, `branch` and `cost`.
+  A family is `trunk`, `gate_logits`, `branch` and `cost_in_parts`.
 
   Attributes:
     routing_space: the buckets, cheapest first.
@@ -94,8 +94,16 @@ class SlicedNetwork(nnx.Module):
     """
     raise NotImplementedError
 
-  def gate_logits(self, features: Features) -> jax.Array:
-    """Returns the slimming head's logits (N, K) of the trunk's features."""
+  def gate_logits(
+    self, features: Features, momentum: float | jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the slimming head's logits (N, K) of the trunk's features.
+
+    Args:
+      features: of `trunk`.
+      momentum: of the statistics of the head's own norm, where it has one; as
+        in `__call__`.
+    """
     raise NotImplementedError
 
   def branch(
@@ -111,6 +119,13 @@ class SlicedNetwork(nnx.Module):
 
   def cost(self, subnet: subnets.Subnet, image_size: int) -> subnets.Cost:
     """Returns what one image of `image_size` pixels a side costs."""
+    trunk, branch = self.cost_in_parts(subnet, image_size)
+    return trunk + branch
+
+  def cost_in_parts(
+    self, subnet: subnets.Subnet, image_size: int
+  ) -> tuple[subnets.Cost, subnets.Cost]:
+    """Returns the costs of the trunk and of the branch."""
     raise NotImplementedError
 
   def _prepare(self, images: jax.Array) -> jax.Array:

@@ -124,7 +124,7 @@ class MobileNet(base.SlicedNetwork):
     gate_stage: int,
     gate_head: str = 'shared',
     gate_width: int | None = None,
-    gate_hidden: int = 64,
+    gate_hidden: Sequence[int] = (64, 64),
     gate_pooling: str = 'mean_max_std',
     dropout_rate: float = 0.0,
     dtype: str = 'float32',
@@ -144,7 +144,7 @@ class MobileNet(base.SlicedNetwork):
       gate_width: of the reduction of the gated block's attention. None means a
         quarter of the block's input, as published, which is few for a `shared`
         head to decide by in a narrow network.
-      gate_hidden: units of an `own` head's hidden layer; 0 leaves it out.
+      gate_hidden: units of an `own` head's hidden layers; none makes it linear.
       gate_pooling: what an `own` head reads; see `SlimmingGate`.
       dropout_rate: before the classifier, where a call brings an `rng`.
       dtype: what activations are computed in, `float32` or `bfloat16`.
@@ -233,10 +233,10 @@ class MobileNet(base.SlicedNetwork):
       x, kernel_size, row, momentum
     )
 
-  def gate_logits(self, features):
+  def gate_logits(self, features, momentum=None):
     """See `SlicedNetwork`."""
     if self.slim is not None:
-      return self.slim(features)
+      return self.slim(features, momentum)
     return self.stages[self.gate_stage][0].gate.logits(features)
 
   def branch(self, features, subnet, *, momentum=None, rng=None):
@@ -250,12 +250,13 @@ class MobileNet(base.SlicedNetwork):
     x = x.astype(jnp.float32).mean((1, 2))
     return self.classifier(self._dropout(x, rng))
 
-  def cost(self, subnet, image_size):
+  def cost_in_parts(self, subnet, image_size):
     """See `SlicedNetwork`."""
     side = conv.output_size(image_size, _STEM_STRIDE)
     width = subnet.stem.width
-    total = subnets.conv_cost(side**2, _STEM_KERNEL_SIZE, 3, width)
-    total += subnets.norm_cost(width)
+    trunk = subnets.conv_cost(side**2, _STEM_KERNEL_SIZE, 3, width)
+    trunk += subnets.norm_cost(width)
+    branch = subnets.Cost()
     full_in = self.specs[0].widths[-1]
     for i, stage in enumerate(subnet.stages):
       spec = self.specs[1 + i]
@@ -263,11 +264,18 @@ class MobileNet(base.SlicedNetwork):
         side = conv.output_size(side, spec.stride if j == 0 else 1)
         gated = (i, j) == (self.gate_stage, 0)
         kernel_size = self._gate_kernel(subnet) if gated else stage.kernel
+        extract = _extract_cost(side**2, kernel_size, width)
         reduced = self._reduced_width(i, j, full_in)
-        total += _block_cost(side**2, kernel_size, width, stage.width, reduced)
+        project = _project_cost(side**2, width, stage.width, reduced)
+        if i < self.gate_stage:
+          trunk += extract + project
+        elif gated:
+          trunk, branch = trunk + extract, branch + project
+        else:
+          branch += extract + project
         width, full_in = stage.width, spec.widths[-1]
-    total += subnets.pool_cost(side**2, width)
-    return total + subnets.dense_cost(width, self.num_classes)
+    branch += subnets.pool_cost(side**2, width)
+    return trunk, branch + subnets.dense_cost(width, self.num_classes)
 
   def _reduced_width(self, stage: int, block: int, full_in: int) -> int:
     if self._gate_width and (stage, block) == (self.gate_stage, 0):
@@ -280,11 +288,15 @@ class MobileNet(base.SlicedNetwork):
     return kernels[0 if subnet.index < len(self.routing_space) else -1]
 
 
-def _block_cost(area, kernel_size, width_in, width, reduced) -> subnets.Cost:
+def _extract_cost(area, kernel_size, width) -> subnets.Cost:
+  return subnets.depthwise_cost(area, kernel_size, width) + subnets.norm_cost(
+    width
+  )
+
+
+def _project_cost(area, width_in, width, reduced) -> subnets.Cost:
   return (
-    subnets.depthwise_cost(area, kernel_size, width_in)
-    + subnets.norm_cost(width_in)
-    + subnets.pool_cost(area, width_in)
+    subnets.pool_cost(area, width_in)
     + subnets.dense_cost(width_in, reduced)
     + subnets.dense_cost(reduced, width_in)
     + subnets.conv_cost(area, 1, width_in, width)

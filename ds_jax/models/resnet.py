@@ -164,7 +164,7 @@ class ResNet(base.SlicedNetwork):
     stem: Stem | Mapping,
     stages: Sequence[BottleneckStage | Mapping],
     gate_stage: int,
-    gate_hidden: int = 64,
+    gate_hidden: Sequence[int] = (64, 64),
     gate_pooling: str = 'mean_max_std',
     dropout_rate: float = 0.0,
     dtype: str = 'float32',
@@ -178,7 +178,7 @@ class ResNet(base.SlicedNetwork):
       stages: the stages; mappings are read as `BottleneckStage(**mapping)`.
       gate_stage: the index of the first stage of the branch. From it on, every
         slice list has K entries, or one for all buckets.
-      gate_hidden: units of the gate's hidden layer; 0 leaves it out.
+      gate_hidden: units of the gate's hidden layers; none makes it linear.
       gate_pooling: what the gate reads; see `SlimmingGate`.
       dropout_rate: before the classifier, where a call brings an `rng`.
       dtype: what activations are computed in, `float32` or `bfloat16`.
@@ -254,9 +254,9 @@ class ResNet(base.SlicedNetwork):
       x = self._run_stage(i, x, subnet, row, momentum)
     return x
 
-  def gate_logits(self, features):
+  def gate_logits(self, features, momentum=None):
     """See `SlicedNetwork`."""
-    return self.slim(features)
+    return self.slim(features, momentum)
 
   def branch(self, features, subnet, *, momentum=None, rng=None):
     """See `SlicedNetwork`."""
@@ -272,21 +272,28 @@ class ResNet(base.SlicedNetwork):
       x = block(x, stage_slice, row, momentum)
     return x
 
-  def cost(self, subnet, image_size):
+  def cost_in_parts(self, subnet, image_size):
     """See `SlicedNetwork`."""
     stem, width = self.stem_spec, subnet.stem.width
     side = conv.output_size(image_size, stem.stride)
-    total = subnets.conv_cost(side**2, stem.kernel_size, 3, width)
-    total += subnets.norm_cost(width)
+    trunk = subnets.conv_cost(side**2, stem.kernel_size, 3, width)
+    trunk += subnets.norm_cost(width)
     side = conv.output_size(side, 2) if stem.pool else side
-    for spec, stage in zip(self.specs, subnet.stages, strict=True):
+    branch = subnets.Cost()
+    for i, (spec, stage) in enumerate(
+      zip(self.specs, subnet.stages, strict=True)
+    ):
       for j in range(stage.depth):
         reduced = gate.reduced_width(spec.inner[-1])
         stride = spec.stride if j == 0 else 1
-        total += _block_cost(side, stride, width, stage, reduced, j == 0)
+        block = _block_cost(side, stride, width, stage, reduced, j == 0)
+        if i < self.gate_stage:
+          trunk += block
+        else:
+          branch += block
         side, width = conv.output_size(side, stride), stage.width
-    total += subnets.pool_cost(side**2, width)
-    return total + subnets.dense_cost(width, self.num_classes)
+    branch += subnets.pool_cost(side**2, width)
+    return trunk, branch + subnets.dense_cost(width, self.num_classes)
 
 
 def _block_cost(side_in, stride, width_in, stage, reduced, has_projection):

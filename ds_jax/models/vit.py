@@ -157,7 +157,7 @@ class VisionTransformer(base.SlicedNetwork):
     head_dim: int = 64,
     slicing: str = 'idle',
     pooling: str = 'class_token',
-    gate_hidden: int = 64,
+    gate_hidden: Sequence[int] = (64, 64),
     gate_pooling: str = 'mean_max_std',
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -178,7 +178,7 @@ class VisionTransformer(base.SlicedNetwork):
       slicing: `idle` or `plain`.
       pooling: what the classifier reads, `class_token` or `mean` (of the
         patches' tokens; then there is no class token).
-      gate_hidden: units of the gate's hidden layer; 0 leaves it out.
+      gate_hidden: units of the gate's hidden layers; none makes it linear.
       gate_pooling: what the gate reads; see `SlimmingGate`.
       dropout_rate: before the classifier, where a call brings an `rng`.
       drop_path_rate: stochastic depth's, of the last block; it rises linearly
@@ -277,9 +277,9 @@ class VisionTransformer(base.SlicedNetwork):
       x = self._run_stage(i, x, subnet, rng)
     return x
 
-  def gate_logits(self, features):
+  def gate_logits(self, features, momentum=None):
     """See `SlicedNetwork`."""
-    return self.slim(features)
+    return self.slim(features, momentum)
 
   def branch(self, features, subnet, *, momentum=None, rng=None):
     """See `SlicedNetwork`."""
@@ -321,7 +321,7 @@ class VisionTransformer(base.SlicedNetwork):
       return active
     return jnp.concatenate([active, idle], axis=-1)
 
-  def cost(self, subnet, image_size):
+  def cost_in_parts(self, subnet, image_size):
     """See `SlicedNetwork`.
 
     Raises:
@@ -334,17 +334,22 @@ class VisionTransformer(base.SlicedNetwork):
       )
     tokens, width = self.num_tokens, subnet.stem.width
     patches = tokens - (self.class_token is not None)
-    total = subnets.dense_cost(3 * self.patch_size**2, width, patches)
-    total += subnets.Cost(0, width * (tokens + tokens - patches))
-    for stage in subnet.stages:
+    trunk = subnets.dense_cost(3 * self.patch_size**2, width, patches)
+    trunk += subnets.Cost(0, width * (tokens + tokens - patches))
+    branch = subnets.Cost()
+    for i, stage in enumerate(subnet.stages):
       for _ in range(stage.depth):
-        total += _block_cost(tokens, self.head_dim, stage)
+        block = _block_cost(tokens, self.head_dim, stage)
+        if i < self.gate_stage:
+          trunk += block
+        else:
+          branch += block
     if self.slicing == 'plain':
       width = subnet.stages[-1].width
-    total += subnets.norm_cost(width)
+    branch += subnets.norm_cost(width)
     if self.class_token is None:
-      total += subnets.pool_cost(tokens, width)
-    return total + subnets.dense_cost(width, self.num_classes)
+      branch += subnets.pool_cost(tokens, width)
+    return trunk, branch + subnets.dense_cost(width, self.num_classes)
 
 
 def _block_cost(tokens, head_dim, stage) -> subnets.Cost:

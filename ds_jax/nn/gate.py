@@ -3,12 +3,15 @@
 Axes: N batch, H, W, T tokens, C channels, R reduced features, K buckets.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ds_jax import validation
-from ds_jax.nn import dense
+from ds_jax.nn import dense, norm
 
 _POOLINGS = ('mean', 'mean_max_std')
 
@@ -89,14 +92,14 @@ def reduced_width(features: int) -> int:
 
 
 class SlimmingGate(nnx.Module):
-  """A gate without attention, with a reduction of its own, for Stage II alone.
+  """A gate without attention, with layers of its own, for Stage II alone.
 
-    logits(x) = relu(pool(x) @ W1 + b1) @ W3      with hidden units
-    logits(x) = pool(x) @ W3                      without
+    logits(x) = mlp(batch_norm(pool(x)))
 
   It reads the trunk at its narrowest slices, so nothing in it is sliced. Stage
   II trains all of it; the published gate's reduction is the attention head's,
-  which Stage I has trained for another end.
+  which Stage I has trained for another end. Calibration sets the norm's
+  statistics, without which the channels of the largest scale drown the rest.
   """
 
   def __init__(
@@ -104,7 +107,7 @@ class SlimmingGate(nnx.Module):
     features: int,
     num_buckets: int,
     *,
-    hidden: int,
+    hidden: Sequence[int],
     pooling: str,
     rngs: nnx.Rngs,
   ):
@@ -113,27 +116,39 @@ class SlimmingGate(nnx.Module):
     Args:
       features: C, of the narrowest trunk.
       num_buckets: K.
-      hidden: R, units of the hidden layer; 0 leaves it out.
+      hidden: units of each hidden layer; none makes the head linear.
       pooling: `mean`, or `mean_max_std`, which takes all three.
       rngs: the stream `params` initialises the kernels.
 
     Raises:
-      ValueError: for another `pooling`.
+      ValueError: for another `pooling`, or a layer without units.
     """
     validation.check_choice('gate_pooling', pooling, _POOLINGS)
-    validation.check_range('gate_hidden', hidden, low=0)
+    for units in hidden:
+      validation.check_range('gate_hidden', units, low=1)
     self._pooling = pooling
-    inputs = features * len(pooling.split('_'))
-    self.reduce = (
-      dense.SlicedDense(inputs, hidden, rngs=rngs) if hidden else None
+    sizes = [features * len(pooling.split('_')), *hidden]
+    self.norm = norm.SlicedBatchNorm(sizes[0], num_rows=1)
+    self.hidden = nnx.List(
+      [
+        dense.SlicedDense(width_in, width, rngs=rngs)
+        for width_in, width in itertools.pairwise(sizes)
+      ]
     )
-    self.head = _slimming_head(hidden or inputs, num_buckets, rngs)
+    self.head = _slimming_head(sizes[-1], num_buckets, rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns logits (N, K) of x (N, H, W, C) or (N, T, C), float32."""
-    x = self._pool(x)
-    if self.reduce is not None:
-      x = jax.nn.relu(self.reduce(x))
+  def __call__(
+    self, x: jax.Array, momentum: float | jax.Array | None = None
+  ) -> jax.Array:
+    """Returns logits (N, K) of x (N, H, W, C) or (N, T, C), float32.
+
+    Args:
+      x: the trunk's features.
+      momentum: of the norm's statistics; see `SlicedBatchNorm`.
+    """
+    x = self.norm(self._pool(x), row=0, momentum=momentum)
+    for layer in self.hidden:
+      x = jax.nn.relu(layer(x))
     return self.head(x)
 
   def _pool(self, x):

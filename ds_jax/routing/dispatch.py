@@ -22,16 +22,17 @@ def dispatch_images(
   """Runs branch `buckets[i]` on `features[i]`.
 
   Args:
-    buckets: (N,) int32 in [0, K).
+    buckets: (N,) int32 in [0, K]; K runs nothing, at no cost.
     branches: K functions, each from features (n, ...) to logits (n, C), n
       static but any; each compiles by itself.
     features: (N, ...).
 
   Returns:
-    Logits (N, C), in the order of the images.
+    Logits (N, C), in the order of the images; zeros where nothing ran.
   """
   if len(features) == 1:
-    return jax.lax.switch(buckets[0], branches, features)
+    everything = [*branches, _empty_branch(branches[0], features)]
+    return jax.lax.switch(buckets[0], everything, features)
   tile_size = default_tile_size(len(features), len(branches))
   return tiled_dispatch(buckets, branches, features, tile_size)
 
@@ -61,17 +62,21 @@ def tiled_dispatch(
   """
   plan = plan_tiles(buckets, len(branches), tile_size)
   tile = jax.ShapeDtypeStruct((tile_size, *features.shape[1:]), features.dtype)
-  logits = jax.eval_shape(branches[0], tile)
-
-  def empty(_):
-    return jnp.zeros(logits.shape, logits.dtype)
+  everything = [*branches, _empty_branch(branches[0], tile)]
 
   def run_tile(_, tile):
     bucket, images = tile
-    return (), jax.lax.switch(bucket, [*branches, empty], features[images])
+    return (), jax.lax.switch(bucket, everything, features[images])
 
   _, tiles = jax.lax.scan(run_tile, (), (plan.tile_buckets, plan.tile_images))
-  return tiles.reshape(-1, *logits.shape[1:])[plan.image_slots]
+  logits = tiles.reshape(-1, tiles.shape[-1])[plan.image_slots]
+  return jnp.where((buckets < len(branches))[:, None], logits, 0)
+
+
+def _empty_branch(branch: Branch, features) -> Branch:
+  """Zeros, of the shape that the branch gives for such features."""
+  logits = jax.eval_shape(branch, features)
+  return lambda _: jnp.zeros(logits.shape, logits.dtype)
 
 
 class TilePlan(NamedTuple):
@@ -81,7 +86,7 @@ class TilePlan(NamedTuple):
     tile_buckets: (tiles,) the branch of each tile; K for a tile left over.
     tile_images: (tiles, T) indices of images.
     image_slots: (N,) where in the tiles, laid end to end, an image's result
-      is.
+      is; of an image that runs nothing, any place.
   """
 
   tile_buckets: jax.Array
@@ -95,7 +100,7 @@ def plan_tiles(
   """Sorts images by bucket and lays them out in tiles.
 
   A bucket of n images takes ceil(n / T) tiles, so all together take at most
-  ceil(N / T) + K - 1, and never more than N.
+  ceil(N / T) + K - 1, and never more than N. Bucket K takes none.
   """
   batch_size = len(buckets)
   num_tiles = min(batch_size, -(-batch_size // tile_size) + num_buckets - 1)
@@ -111,8 +116,11 @@ def plan_tiles(
   slots = tiles_start[bucket] * tile_size + place
 
   tile_images = jnp.zeros(num_tiles * tile_size, jnp.int32)
+  # Bucket K's images come last, on tiles left over or past them.
+  tile_images = tile_images.at[slots].set(order.astype(jnp.int32), mode='drop')
+  slots = jnp.minimum(slots, num_tiles * tile_size - 1)
   return TilePlan(
     jnp.searchsorted(tiles_end, jnp.arange(num_tiles), side='right'),
-    tile_images.at[slots].set(order.astype(jnp.int32)).reshape(-1, tile_size),
+    tile_images.reshape(-1, tile_size),
     jnp.zeros(batch_size, slots.dtype).at[order].set(slots),
   )

@@ -75,6 +75,7 @@ class Calibrate:
     model = self._architecture.bind(variables)
     # Each row is moved once: the trunk's for all buckets together.
     features = model.trunk(images, momentum=momentum)
+    model.gate_logits(features, momentum)
     for subnet in model.routing_space:
       model.branch(features, subnet, momentum=momentum)
     if model.widest not in model.routing_space:

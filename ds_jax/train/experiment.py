@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from ds_jax import checkpoint, convert, data, models, validation
+from ds_jax.train import budget as budget_lib
 from ds_jax.train import calibrate as calibrate_lib
 from ds_jax.train import gate as gate_lib
 from ds_jax.train import optimizer as optimizer_lib
@@ -20,7 +21,7 @@ from ds_jax.train import supernet as supernet_lib
 
 _Config = TypeVar('_Config')
 
-STAGES = ('supernet', 'calibrate', 'gate')
+STAGES = ('supernet', 'calibrate', 'gate', 'budget')
 
 
 class ConfigError(ValueError):
@@ -108,6 +109,11 @@ class Experiment:
   eval_every_epochs: float = 1
 
   def __post_init__(self):
+    if self.gate.target == 'correctness' and self.gate.target_madds is None:
+      raise ValueError(
+        "gate.target='correctness' needs gate.target_madds: the mean MAdds that"
+        ' a Predictor spends unless it is told another budget.'
+      )
     validation.check_range('seed', self.seed, low=0)
     validation.check_range('log_every_steps', self.log_every_steps, low=1)
     validation.check_range('eval_every_epochs', self.eval_every_epochs, low=0)
@@ -199,6 +205,10 @@ class Experiment:
       'crop_ratio': self.dataset.crop_ratio,
       'mean': mean,
       'std': std,
+      'gate': {
+        'target': self.gate.target,
+        'target_madds': self.gate.target_madds,
+      },
     }
 
   def create_model(self):
@@ -260,14 +270,15 @@ class Experiment:
     return data.normalize(images, mean, std)
 
   def make_stages(self, model, mesh: jax.sharding.Mesh):
-    """Returns the three stages, in order, by `STAGES`' names."""
+    """Returns the stages, in order, by `STAGES`' names."""
     self.check_dataset()
     common = {'model': model, 'normalize': self.normalize, 'mesh': mesh}
 
     def schedule(num_epochs, part):
       steps_per_epoch = self.steps_per_epoch(part)
+      num_steps = max(1, round(num_epochs * steps_per_epoch))
       return {
-        'num_steps': max(1, round(num_epochs * steps_per_epoch)),
+        'num_steps': num_steps if num_epochs else 0,
         'steps_per_epoch': steps_per_epoch,
         'seed': self.seed,
       }
@@ -283,7 +294,23 @@ class Experiment:
         **schedule(self.gate.num_epochs, self.gate.part),
         image_size=self.dataset.image_size,
       ),
+      budget_lib.Budget(
+        **common,
+        num_steps=self._num_budget_batches(),
+        batch_size=self.dataset.batch_size,
+      ),
     )
+
+  def _num_budget_batches(self) -> int:
+    if self.dataset.budget_share:
+      return data.num_eval_batches(self.dataset, 'budget')
+    if self.gate.target == 'correctness':
+      raise ConfigError(
+        "config.gate.target='correctness' leaves open what to spend, which is"
+        ' settled on images held out for it: set config.dataset.budget_share,'
+        ' for example to 0.05.'
+      )
+    return 0
 
 
 def _read(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:

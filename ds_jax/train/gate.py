@@ -3,18 +3,26 @@
 Axes: N batch, K buckets, C classes.
 
 The trunk and every bucket's branch run forward once, without gradient, and
-give logits z_k. A straight-through Gumbel one-hot g of the gate's logits mixes
-them, `z = sum_k g_k z_k`, and
+give logits z_k. The target `sandwich` is the paper's (DS-Net++, section 4.2): a
+straight-through Gumbel one-hot g of the gate's logits mixes the branches, `z =
+sum_k g_k z_k`, and
 
     loss = a * CE(gate logits, SGS label) + b * CE(z, label) + MAdds term
 
-(DS-Net++, section 4.2). The MAdds term is the paper's `c * (mean MAdds /
-unit)^2`, or, where a `target_madds` is stated, `price * mean MAdds / widest
-MAdds`. The price moves with the difference between what the gate would spend
-at inference (argmax, no noise) and the target: dual ascent, damped as in an
-augmented Lagrangian. It is negative where the gate spends too little, as it
-does without it: SGS labels are so unbalanced on a trained network that the
-argmax is always the first bucket.
+The MAdds term is the paper's `c * (mean MAdds / unit)^2`, or, where a
+`target_madds` is stated, `price * mean MAdds / widest MAdds`. The price moves
+with the difference between what the gate would spend at inference (argmax, no
+noise) and the target: dual ascent, damped as in an augmented Lagrangian. It is
+negative where the gate spends too little, as it does without it: SGS labels are
+so unbalanced on a trained network that the argmax is always the first bucket.
+
+The target `correctness` is ours: each gate logit learns the probability that
+its bucket gives the image's label,
+
+    loss = mean_k BCE(gate logit k, softmax(z_k)[label])
+
+and what to spend is settled afterwards, by a price on images that no stage has
+seen (see `routing.budget`).
 """
 
 import dataclasses
@@ -28,6 +36,8 @@ from ds_jax import mesh as mesh_lib
 from ds_jax import models, validation
 from ds_jax.train import losses, optimizer
 
+TARGETS = ('sandwich', 'correctness')
+
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
@@ -39,16 +49,22 @@ class GateConfig:
     part: of the data set, as in `data.load_part`: `train`, which the supernet
       has fitted, or `gate`, which it has never seen.
     is_augmented: whether the images are augmented, or as for evaluation.
+    target: `sandwich` or `correctness`; the fields from here to `temperature`
+      are of the former alone, but for `target_madds`.
     sandwich_weight: a, of the SGS labels' cross-entropy.
     routed_weight: b, of the routed output's cross-entropy.
     madds_weight: c, used where there is no target.
     madds_unit: what MAdds are counted in for c.
-    target_madds: mean MAdds per image to hold; None leaves it to c.
+    target_madds: mean MAdds per image to hold; None leaves it to c. It is also
+      what a `Predictor` spends unless it is told another budget, as far as
+      there are images to set that on (`DataConfig.budget_share`).
     price_rate: how far the price moves in a step, for an excess of the widest
       bucket's MAdds and at the full learning rate.
     price_damping: what is added to the price for the batch's own excess, as an
       augmented Lagrangian does; without it price and head swing.
     hard_images: `try_best` or `give_up`; see `losses.sandwich_labels`.
+    balances_labels: whether both SGS labels weigh the same in a batch, however
+      many images have them.
     temperature: of the relaxed sample.
     label_smoothing: of both cross-entropies.
     ema_decay: of the head; see `optimizer.moving_average`.
@@ -58,6 +74,7 @@ class GateConfig:
   optimizer: optimizer.OptimizerConfig
   part: str = 'train'
   is_augmented: bool = True
+  target: str = 'sandwich'
   sandwich_weight: float = 1.0
   routed_weight: float = 1.0
   madds_weight: float = 0.5
@@ -66,6 +83,7 @@ class GateConfig:
   price_rate: float = 0.1
   price_damping: float = 4.0
   hard_images: str = 'try_best'
+  balances_labels: bool = False
   temperature: float = 1.0
   label_smoothing: float = 0.0
   ema_decay: float = 0.99
@@ -75,6 +93,7 @@ class GateConfig:
     validation.check_range('temperature', self.temperature, above=0)
     validation.check_range('madds_unit', self.madds_unit, above=0)
     validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
+    validation.check_choice('target', self.target, TARGETS)
     validation.check_choice('part', self.part, ('train', 'gate'))
     validation.check_choice('hard_images', self.hard_images, losses.HARD_IMAGES)
 
@@ -182,7 +201,7 @@ class Gate:
       network=_with_head(state.network, average),
       head=head,
       opt_state=opt_state,
-      price=self._next_price(state.price, metrics['madds'], step),
+      price=self._next_price(state.price, metrics, step),
     )
     return state, {
       **metrics,
@@ -200,9 +219,20 @@ class Gate:
     return features, jnp.stack(logits)
 
   def _loss(self, head, state, features, logits, labels, key):
-    config = self.config
     model = self._architecture.bind(_with_head(state.network, head))
     gate_logits = model.gate_logits(features)
+    if self.config.target == 'correctness':
+      return self._correctness_loss(gate_logits, logits, labels)
+    return self._sandwich_loss(gate_logits, logits, labels, state.price, key)
+
+  def _correctness_loss(self, gate_logits, logits, labels):
+    targets = losses.label_probability(logits, labels)
+    loss = optax.sigmoid_binary_cross_entropy(gate_logits, targets.T).mean()
+    correct = logits[0].argmax(-1) == labels
+    return loss, {'loss/correctness': loss, 'easy': correct.mean()}
+
+  def _sandwich_loss(self, gate_logits, logits, labels, price, key):
+    config = self.config
     one_hot = losses.straight_through_gumbel(
       key, gate_logits, config.temperature
     )
@@ -211,13 +241,13 @@ class Gate:
     correct = (logits.argmax(-1) == labels[None]).T
     targets = losses.sandwich_labels(correct, config.hard_images)
     sandwich = losses.cross_entropy(
-      gate_logits, targets, config.label_smoothing
+      gate_logits, targets, config.label_smoothing, config.balances_labels
     )
     task = losses.cross_entropy(routed, labels, config.label_smoothing)
     loss = config.sandwich_weight * sandwich + config.routed_weight * task
     madds = jnp.asarray(self._madds, jnp.float32)
     argmax_madds = madds[gate_logits.argmax(-1)].mean()
-    loss += self._madds_term(one_hot, state.price, argmax_madds)
+    loss += self._madds_term(one_hot, price, argmax_madds)
     metrics = {
       'loss/sandwich': sandwich,
       'loss/routed': task,
@@ -238,14 +268,14 @@ class Gate:
   def _excess(self, madds):
     return (madds - self.config.target_madds) / self._madds[-1]
 
-  def _next_price(self, price, madds, step):
+  def _next_price(self, price, metrics, step):
     config = self.config
-    if config.target_madds is None:
+    if config.target_madds is None or config.target != 'sandwich':
       return price
     # As the head slows down, so must the price, or it runs ahead of the
     # head's answer and the two swing.
     pace = self._schedule(step) / config.optimizer.learning_rate
-    return price + config.price_rate * pace * self._excess(madds)
+    return price + config.price_rate * pace * self._excess(metrics['madds'])
 
 
 def head_of(variables: models.Variables) -> models.Arrays:

@@ -14,10 +14,13 @@ from absl import logging
 from clu import parameter_overview
 from flax import serialization
 
-from ds_jax import checkpoint, data, evaluate, models
+from ds_jax import checkpoint, data, evaluate, models, report, routing
 from ds_jax import mesh as mesh_lib
 from ds_jax.train import experiment as experiments
 from ds_jax.train import metrics as metrics_lib
+
+# Stages that read shuffled images.
+_NUM_ORDERS = 3
 
 
 class NonFiniteError(Exception):
@@ -62,7 +65,7 @@ def train(config, workdir: str) -> evaluate.Results:
     while True:
       state = run.train_stage(position, state)
       if position.stage + 1 == len(run.stages):
-        return run.evaluate(state.network)
+        return run.evaluate(state)
       position = Position(position.stage + 1)
       state = run.stages[position.stage].init(state.network)
 
@@ -88,7 +91,7 @@ def evaluate_only(config, workdir: str) -> evaluate.Results:
     )
   with Run(config, workdir) as run:
     _, state = run.restore()
-    return run.evaluate(state.network)
+    return run.evaluate(state)
 
 
 class Run:
@@ -194,23 +197,21 @@ class Run:
         self._after_step(Position(position.stage, step + 1), state, progress)
     return state
 
-  def evaluate(self, variables: models.Variables) -> evaluate.Results:
+  def evaluate(self, state: Any) -> evaluate.Results:
     """Sweeps the test images; writes and prints the results."""
-    image_size = self._experiment.dataset.image_size
-    costs = [
-      self._model.cost(s, image_size) for s in models.sub_networks(self._model)
-    ]
+    sweep = self._evaluator.sweep(state.network, self._eval_batches())
     results = evaluate.results(
-      self._evaluator.sweep(variables, self._eval_batches()),
-      costs,
-      len(self._model.routing_space),
+      sweep,
+      self._model,
+      self._experiment.dataset.image_size,
+      gate=self._experiment.prediction_meta['gate'],
+      held_out=routing.images_held_out(serialization.to_state_dict(state)),
     )
     if jax.process_index() == 0:
-      path = self._workdir / 'results.json'
-      partial = path.with_suffix('.partial')
-      partial.write_text(json.dumps(results, indent=2) + '\n')
-      partial.replace(path)
-      logging.info('Results, also in %s:\n%s', path, evaluate.table(results))
+      report.write(results, self._workdir)
+      logging.info(
+        'Results, also in %s:\n%s', self._workdir, report.table(results)
+      )
     return results
 
   def _after_step(self, done: Position, state, progress: '_Progress') -> None:
@@ -275,20 +276,27 @@ class Run:
     )
 
   def _train_batches(self, position: Position):
-    stage = experiments.STAGES[position.stage]
-    multi_view = stage == 'supernet' and self._experiment.supernet.multi_view
-    gate = self._experiment.gate
-    in_gate = stage == 'gate'
+    experiment, stage = self._experiment, experiments.STAGES[position.stage]
+    processes = dict(
+      process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    if stage == 'budget':
+      return data.eval_batches(
+        experiment.dataset, 'budget', start_step=position.step, **processes
+      )
+    gate = experiment.gate
+    of_stage = {
+      'supernet': dict(num_views=2 if experiment.supernet.multi_view else 1),
+      'calibrate': {},
+      'gate': dict(part=gate.part, is_augmented=gate.is_augmented),
+    }
     return data.train_batches(
-      self._experiment.dataset,
-      part=gate.part if in_gate else 'train',
-      is_augmented=gate.is_augmented if in_gate else True,
-      num_views=2 if multi_view else 1,
+      experiment.dataset,
+      **of_stage[stage],
       # Every stage has an order of its own.
-      seed=self._experiment.seed * len(self.stages) + position.stage,
+      seed=experiment.seed * _NUM_ORDERS + position.stage,
       start_step=position.step,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      **processes,
     )
 
   def _eval_batches(self):

@@ -13,17 +13,40 @@ HARD_IMAGES = ('try_best', 'give_up')
 
 
 def cross_entropy(
-  logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+  logits: jax.Array,
+  labels: jax.Array,
+  label_smoothing: float = 0.0,
+  is_balanced: bool = False,
 ) -> jax.Array:
-  """Mean cross-entropy of logits (N, C) to integer labels (N,)."""
-  targets = jax.nn.one_hot(labels, logits.shape[-1])
-  targets = optax.smooth_labels(targets, label_smoothing)
-  return soft_cross_entropy(logits, targets)
+  """Mean cross-entropy of logits (N, C) to integer labels (N,).
+
+  Args:
+    logits: (N, C).
+    labels: (N,).
+    label_smoothing: share of the uniform distribution in the targets.
+    is_balanced: whether the labels that occur all weigh the same, however many
+      rows have them.
+  """
+  one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+  targets = optax.smooth_labels(one_hot, label_smoothing)
+  if not is_balanced:
+    return soft_cross_entropy(logits, targets)
+  counts = one_hot.sum(0)
+  weights = 1 / (counts[labels] * (counts > 0).sum())
+  return (optax.softmax_cross_entropy(logits, targets) * weights).sum()
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """Mean cross-entropy of logits (N, C) to probabilities (N, C)."""
   return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def label_probability(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns (..., N), softmax of logits (..., N, C) at labels (N,)."""
+  labels = jnp.broadcast_to(labels, logits.shape[:-1])
+  return jnp.take_along_axis(
+    jax.nn.softmax(logits), labels[..., None], axis=-1
+  )[..., 0]
 
 
 def sandwich_labels(

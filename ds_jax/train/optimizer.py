@@ -53,6 +53,8 @@ def learning_rate_schedule(
   Raises:
     ValueError: if the warm-up is longer than the training.
   """
+  if not num_steps:
+    return optax.constant_schedule(config.learning_rate)
   warmup = round(config.warmup_epochs * steps_per_epoch)
   if warmup >= num_steps:
     raise ValueError(

@@ -31,7 +31,8 @@ class SupernetConfig:
   """Stage I.
 
   Attributes:
-    num_epochs: how long.
+    num_epochs: how long; 0 leaves the weights of `init.checkpoint` as they
+      are, and trains a gate for them.
     optimizer: see `OptimizerConfig`.
     num_random: random sub-networks a step, beside the widest and narrowest.
     ensemble: whether the narrowest learns from an ensemble (IEB, not IB).
@@ -54,7 +55,7 @@ class SupernetConfig:
   accumulation_steps: int = 1
 
   def __post_init__(self):
-    validation.check_range('num_epochs', self.num_epochs, above=0)
+    validation.check_range('num_epochs', self.num_epochs, low=0)
     validation.check_range('num_random', self.num_random, low=0)
     validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
     validation.check_range('momentum', self.momentum, above=0, high=1)

@@ -36,6 +36,13 @@ PLAIN_SLICES = dict(
     dict(widths=(4, 8), heads=(1, 2), hidden=(8, 16), depths=(1, 2)),
   ),
 )
+LINEAR_GATE = dict(plain.VIT, gate_hidden=(), gate_pooling='mean')
+OWN_GATE = dict(
+  SEPARABLE,
+  stem_widths=(8,),
+  stages=(dict(widths=(8,), kernels=(3, 5)), SEPARABLE['stages'][1]),
+  gate_head='own',
+)
 GATE_AT_THE_STEM = dict(plain.RESNET, gate_stage=0, gate_pooling='mean')
 GATE_AT_THE_STEM['stem'] = dict(widths=(8,))
 GATE_AT_THE_STEM['stages'] = (
@@ -44,14 +51,23 @@ GATE_AT_THE_STEM['stages'] = (
 )
 MODELS = {
   'mobilenet': ('ds_mobilenet', SEPARABLE),
+  'mobilenet_own_gate': ('ds_mobilenet', OWN_GATE),
   'resnet': ('ds_resnet50', plain.RESNET),
   'resnet_gate_at_the_stem': ('ds_resnet50', GATE_AT_THE_STEM),
   'vit': ('ds_vit_s16', plain.VIT),
+  'vit_linear_gate': ('ds_vit_s16', LINEAR_GATE),
   'vit_narrow_first': ('ds_vit_s16', NARROW_FIRST),
   'vit_plain_slices': ('ds_vit_s16', PLAIN_SLICES),
 }
 
-READS_ALL = ['mobilenet', 'resnet_gate_at_the_stem', 'vit', 'vit_narrow_first']
+READS_ALL = [
+  'mobilenet',
+  'mobilenet_own_gate',
+  'resnet_gate_at_the_stem',
+  'vit',
+  'vit_linear_gate',
+  'vit_narrow_first',
+]
 IMAGES = np.random.default_rng(1).normal(size=(4, 16, 16, 3))
 IMAGES = IMAGES.astype(np.float32)
 
@@ -130,6 +146,32 @@ class SortChannelsTest(parameterized.TestCase):
     assert np.abs(before).max() > 0.01
     assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
 
+  @parameterized.product(
+    # The channels that the gate's first layer reads, how often over.
+    case=(
+      ('mobilenet_own_gate', 'stages/0/0/pointwise_norm', 'hidden/0', 3),
+      ('vit', 'norm', 'hidden/0', 3),
+      ('vit_linear_gate', 'norm', 'head', 1),
+    ),
+    by=convert.IMPORTANCES,
+  )
+  def test_the_gate_s_norm_and_first_layer_follow_the_channels(self, case, by):
+    name, norm, layer, repeats = case
+    before = arrays_of(create_model(name))
+    after = arrays_of(convert.sort_channels(create_model(name), by))
+    # All scales are different numbers.
+    old, new = (np.asarray(a[f'{norm}/scale']) for a in (before, after))
+    order = np.argmax(new[:, None] == old[None], axis=1)
+    assert (order != np.arange(len(order))).any()
+    inputs = np.concatenate([order + i * len(order) for i in range(repeats)])
+    for leaf in ('scale', 'bias', 'mean', 'variance'):
+      path = f'slim/norm/{leaf}'
+      np.testing.assert_array_equal(
+        after[path], np.asarray(before[path])[..., inputs], path
+      )
+    path = f'slim/{layer}/kernel'
+    np.testing.assert_array_equal(after[path], np.asarray(before[path])[inputs])
+
   @parameterized.product(name=[*MODELS], by=convert.IMPORTANCES)
   def test_twice_is_once(self, name, by):
     once = convert.sort_channels(create_model(name), by)
@@ -194,6 +236,22 @@ class SortChannelsTest(parameterized.TestCase):
     norms = [f'{b}/{n}_norm' for b in blocks for n in ('attention', 'mlp')]
     arrays = arrays_of(convert.sort_channels(create_model('vit')))
     assert_falling(scale_sum(arrays, 'norm', *norms))
+
+  @parameterized.parameters('mobilenet_own_gate', 'vit')
+  def test_the_gate_s_norm_tells_nothing_of_importance(self, name):
+    model = create_model(name)
+    variables = models.variables_of(model)
+    scale = variables.params['slim/norm/scale']
+    # Enough to outweigh every other norm.
+    steep = 100 * jnp.arange(len(scale), dtype=jnp.float32)
+    other = models.Architecture(model).bind(
+      variables.replace(params={**variables.params, 'slim/norm/scale': steep})
+    )
+    found, expected = (
+      arrays_of(convert.sort_channels(m)) for m in (other, model)
+    )
+    for path in found.keys() - {'slim/norm/scale'}:
+      np.testing.assert_array_equal(found[path], expected[path], path)
 
   def test_equal_channels_keep_their_order(self):
     model = create_model('resnet')

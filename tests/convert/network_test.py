@@ -104,6 +104,33 @@ class FromNetworkTest(parameterized.TestCase):
         found[path], np.asarray(array)[list(taken)], path
       )
 
+  @parameterized.parameters(
+    # The norm is of the same inputs, and so is the last layer.
+    (
+      {'gate_hidden': (64, 5)},
+      ('hidden/1/kernel', 'hidden/1/bias', 'head/kernel'),
+    ),
+    (
+      {'gate_hidden': ()},
+      ('hidden/0/', 'hidden/1/', 'head/kernel'),
+    ),
+    (
+      {'gate_pooling': 'mean'},
+      ('norm/', 'hidden/0/kernel'),
+    ),
+  )
+  def test_layers_of_another_gate_are_fresh(self, options, layers):
+    variables = source('ds_vit_s16', **options)
+    model = create_model('ds_vit_s16')
+    found = self.load(variables, model, 'slim/' + layers[-1])
+    own = arrays_of(models.variables_of(model))
+    theirs = arrays_of(variables)
+    assert found.keys() == own.keys()
+    fresh = tuple(f'slim/{layer}' for layer in layers)
+    for path, array in found.items():
+      expected = own if path.startswith(fresh) else theirs
+      np.testing.assert_array_equal(array, expected[path], path)
+
   def test_a_gate_elsewhere_is_a_fresh_one(self):
     stages = (
       dict(widths=(4, 8), depth=1),

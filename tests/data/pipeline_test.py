@@ -431,6 +431,22 @@ class EvalBatchesTest(parameterized.TestCase):
     assert not shares[1][-1]['mask'].any()
     assert_equal_batches(whole, joined)
 
+  @parameterized.parameters((0, 4), (1, 3), (3, 1), (4, 0))
+  def test_batches_begin_at_the_step(self, start_step, count):
+    # The last of the four is part full.
+    whole = list(data.eval_batches(CONFIG))
+    rest = list(data.eval_batches(CONFIG, start_step=start_step))
+    assert len(rest) == count
+    if count:
+      assert_equal_batches(whole[start_step:], rest)
+
+  def test_processes_begin_at_the_step_together(self):
+    for index in range(2):
+      options = dict(process_index=index, process_count=2)
+      whole = list(data.eval_batches(CONFIG, **options))
+      rest = list(data.eval_batches(CONFIG, start_step=2, **options))
+      assert_equal_batches(whole[2:], rest)
+
   def test_images_are_brought_to_size(self):
     config = dataclasses.replace(CONFIG, image_size=24, crop_ratio=0.75)
     batch = next(data.eval_batches(config))

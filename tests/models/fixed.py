@@ -26,11 +26,28 @@ def random_variables(model, seed=0):
     fan_in = max(np.prod(array.shape[:-1]), 1)
     return rng.normal(0, fan_in**-0.5, array.shape).astype(np.float32)
 
+  def fill_all(arrays):
+    # The slimming head last, so that the rest does not depend on its form.
+    paths = sorted(arrays, key=models.is_slimming)
+    return {path: fill(path, arrays[path]) for path in paths}
+
   variables = models.variables_of(model)
-  return models.Variables(
-    {path: fill(path, array) for path, array in variables.params.items()},
-    {path: fill(path, array) for path, array in variables.batch_stats.items()},
-  )
+  params = fill_all(variables.params)
+  return models.Variables(params, fill_all(variables.batch_stats))
+
+
+def calibrated_variables(model, images, seed=0):
+  """Random ones with these images' statistics, lest all images look alike."""
+
+  @jax.jit
+  def run(variables):
+    bound = models.Architecture(model).bind(variables)
+    bound.gate_logits(bound.trunk(images, momentum=1.0), momentum=1.0)
+    for subnet in models.sub_networks(model):
+      bound(images, subnet, momentum=1.0)
+    return models.variables_of(bound)
+
+  return run(random_variables(model, seed))
 
 
 def cut(arrays, slices):
@@ -82,6 +99,29 @@ def dense(x, name, params):
   return x @ params[f'{name}/kernel'] + bias
 
 
+def slimming_logits(features, variables):
+  """A slimming gate's logits of features (N, ..., C), in float64.
+
+  A batch norm, of the running statistics, of the mean, the maximum and the
+  deviation of each channel; two hidden layers; a head without bias.
+  """
+  arrays = {
+    path.removeprefix('slim/'): np.asarray(array, np.float64)
+    for path, array in (variables.params | variables.batch_stats).items()
+    if path.startswith('slim/')
+  }
+  x = np.asarray(features, np.float64)
+  x = x.reshape(len(x), -1, x.shape[-1])
+  deviation = np.sqrt(((x - x.mean(1, keepdims=True)) ** 2).mean(1) + 1e-6)
+  x = np.concatenate([x.mean(1), x.max(1), deviation], axis=1)
+  x = (x - arrays['norm/mean']) / np.sqrt(arrays['norm/variance'] + 1e-5)
+  x = x * arrays['norm/scale'] + arrays['norm/bias']
+  for layer in ('hidden/0', 'hidden/1'):
+    x = x @ arrays[f'{layer}/kernel'] + arrays[f'{layer}/bias']
+    x = np.maximum(x, 0)
+  return x @ arrays['head/kernel']
+
+
 def equations(jaxpr):
   """All equations of a program, with those that they contain."""
   for equation in jaxpr.eqns:
@@ -109,6 +149,27 @@ def count_madds(function, *args):
       assert axes in (tuple(range(1, last)), (last,)), axes
       total += np.prod(operands[0]) if last not in axes else 0
   return int(total)
+
+
+def assert_parts_make_the_cost(model, image_size, trunk_madds):
+  """Holds every sub-network's costs in parts to a hand count of the trunks.
+
+  Args:
+    model: the supernet.
+    image_size: side of the images.
+    trunk_madds: the buckets' trunk's, and the widest network's.
+  """
+  trunks = []
+  for subnet in models.sub_networks(model):
+    trunk, branch = model.cost_in_parts(subnet, image_size)
+    cost = model.cost(subnet, image_size)
+    assert trunk.madds + branch.madds == cost.madds
+    assert trunk.params + branch.params == cost.params
+    assert branch.madds > 0 and isinstance(branch.madds, int)
+    trunks.append(trunk)
+  *buckets, widest = trunks
+  assert len(set(buckets)) == 1
+  assert (buckets[0].madds, widest.madds) == trunk_madds
 
 
 def assert_zero_outside(arrays, slices):

@@ -189,6 +189,18 @@ class SubnetTest(parameterized.TestCase):
     for size in (28, 32, 33, 224):
       self.comparison.assert_cost(subnet, STRIDES, slices, rows, size)
 
+  def test_costs_in_parts_are_those_of_the_trunk_and_the_rest(self):
+    def trunk(stem, width, kernel):
+      # The stem and a block in 16 x 16 pixels, whose attention has two units,
+      # and the next block's depthwise convolution in 8 x 8.
+      madds = 256 * 27 * stem
+      madds += 256 * (kernel**2 * stem + stem + stem * width) + 2 * 2 * stem
+      return madds + 64 * kernel**2 * width
+
+    fixed.assert_parts_make_the_cost(
+      self.model, 32, (trunk(6, 8, 3), trunk(8, 12, 5))
+    )
+
   @parameterized.parameters('bucket_1', 'widest')
   def test_trunk_and_branch_compose_to_the_call(self, name):
     subnet = self.subnets[name]
@@ -234,7 +246,7 @@ class SubnetTest(parameterized.TestCase):
 
 
 class OptionsTest(parameterized.TestCase):
-  @parameterized.parameters((0, 'head'), (5, 'reduce'))
+  @parameterized.parameters(((), 'head'), ((5, 7), 'hidden/0'))
   def test_an_own_gate_reads_the_trunk_and_changes_nothing_else(
     self, hidden, first
   ):
@@ -246,22 +258,30 @@ class OptionsTest(parameterized.TestCase):
     assert all(models.is_slimming(path) for path in added)
     assert after[f'slim/{first}/kernel'].shape[0] == 3 * 8
     assert after['slim/head/kernel'].shape[1] == 3
+    before, after = (models.variables_of(m).batch_stats for m in (shared, own))
+    added = after.keys() - before.keys()
+    assert added == {'slim/norm/mean', 'slim/norm/variance'}
+    assert before.keys() <= after.keys()
     for subnet in (*own.routing_space, own.widest):
       assert own.cost(subnet, 32) == shared.cost(subnet, 32)
 
+  def test_own_gate_logits_equal_their_formula(self):
+    own = create_abstract(**OPTIONS, gate_head='own', gate_hidden=(5, 7))
     variables = fixed.random_variables(own)
     model = models.Architecture(own).bind(variables)
     images = np.random.default_rng(1).normal(size=(4, 15, 12, 3))
     features = model.trunk(images.astype(np.float32))
-    found = model.gate_logits(features)
-    np.testing.assert_array_equal(found, model.slim(features))
-    assert found.shape == (4, 3) and np.asarray(found).any()
+    expected = fixed.slimming_logits(features, variables)
+    assert expected.shape == (4, 3) and expected.any()
+    np.testing.assert_allclose(
+      model.gate_logits(features), expected, rtol=1e-5, atol=1e-5
+    )
 
   def test_other_gates_are_refused(self):
     with pytest.raises(ValueError, match="gate_head.*'shared' or 'own'"):
       create_abstract(**OPTIONS, gate_head='none')
-    with pytest.raises(ValueError, match='gate_hidden'):
-      create_abstract(**OPTIONS, gate_head='own', gate_hidden=-1)
+    with pytest.raises(ValueError, match='gate_hidden=-1: expected at least 1'):
+      create_abstract(**OPTIONS, gate_head='own', gate_hidden=(-1,))
 
   def test_widest_is_the_last_bucket_where_the_trunk_has_one_width(self):
     stages = (dict(widths=(12,)), *OPTIONS['stages'][1:])

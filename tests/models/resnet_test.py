@@ -244,6 +244,18 @@ class SubnetTest(parameterized.TestCase):
     for size in (32, 37, 224):
       self.comparison.assert_cost(subnet, strides(blocks), slices, stats, size)
 
+  def test_costs_in_parts_are_those_of_the_trunk_and_the_rest(self):
+    def block(before, inner, after, projects):
+      # In 8 x 8 pixels, with an attention of two units.
+      kernels = before * inner + 9 * inner**2 + inner * after
+      kernels += before * after if projects else 0
+      return 64 * kernels + 64 * inner + 2 * 2 * inner
+
+    stem = 16**2 * 7**2 * 3
+    bucket = stem * 4 + block(4, 4, 8, True)
+    widest = stem * 6 + block(6, 8, 12, True) + block(12, 8, 12, False)
+    fixed.assert_parts_make_the_cost(self.model, 32, (bucket, widest))
+
   def test_trunk_is_the_same_for_all_buckets(self):
     trunk = jax.jit(
       lambda variables, subnet: self.architecture.bind(variables).trunk(
@@ -261,21 +273,30 @@ class SubnetTest(parameterized.TestCase):
     assert widest.shape == (4, 5, 4, 12)
 
   def test_gate_logits_equal_their_formula(self):
-    params = self.variables.params
-    features = jax.jit(
-      lambda variables: self.architecture.bind(variables).trunk(self.images)
-    )(self.variables)
-    found = self.architecture.bind(self.variables).gate_logits(features)
-    x = np.asarray(features, np.float64)
-    pooled = np.concatenate(
-      [x.mean((1, 2)), x.max((1, 2)), np.sqrt(x.var((1, 2)) + 1e-6)], axis=1
-    )
+    @jax.jit
+    def run(variables):
+      model = self.architecture.bind(variables)
+      features = model.trunk(self.images)
+      return features, model.gate_logits(features)
+
+    features, found = run(self.variables)
     # As wide as the narrowest trunk, the only one that it sees.
-    assert params['slim/reduce/kernel'].shape == (24, 64)
-    reduced = pooled @ params['slim/reduce/kernel']
-    reduced = np.maximum(reduced + params['slim/reduce/bias'], 0)
-    expected = reduced @ params['slim/head/kernel']
-    assert expected.shape == (4, 3)
+    shapes = {
+      path: array.shape
+      for path, array in self.variables.params.items()
+      if path.startswith('slim/')
+    }
+    assert shapes == {
+      'slim/norm/scale': (24,),
+      'slim/norm/bias': (24,),
+      'slim/hidden/0/kernel': (24, 64),
+      'slim/hidden/0/bias': (64,),
+      'slim/hidden/1/kernel': (64, 64),
+      'slim/hidden/1/bias': (64,),
+      'slim/head/kernel': (64, 3),
+    }
+    expected = fixed.slimming_logits(features, self.variables)
+    assert expected.shape == (4, 3) and expected.any()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -311,6 +332,12 @@ class SmallImagesTest(parameterized.TestCase):
       self.comparison.assert_cost(
         self.subnets[name], strides(blocks), slices, stats, size
       )
+
+  def test_trunk_of_a_gate_at_the_stem_costs_the_stem(self):
+    stem = 28**2 * 3**2 * 3
+    fixed.assert_parts_make_the_cost(
+      self.comparison.model, 28, (stem * 4, stem * 6)
+    )
 
   def test_trunk_and_branch_compose_to_the_call(self):
     subnet = self.subnets['bucket_1']

@@ -287,6 +287,27 @@ class SlicingTest(parameterized.TestCase):
       subnet = subnets[index]
       comparison.assert_cost(subnet, names_of(blocks), slices, {}, size)
 
+  def test_costs_in_parts_are_those_of_the_trunk_and_the_rest(self):
+    def block(tokens, width, heads, hidden):
+      dense = width * 3 * heads * HEAD + heads * HEAD * width
+      dense += 2 * width * hidden
+      return tokens * dense + 2 * tokens**2 * heads * HEAD
+
+    # Four patches of 48 numbers, and in the first model a class token.
+    fixed.assert_parts_make_the_cost(
+      self.compared['idle'][0].model,
+      8,
+      (
+        4 * 48 * 12 + block(5, 8, 1, 8),
+        4 * 48 * 12 + 2 * block(5, 12, 2, 12),
+      ),
+    )
+    fixed.assert_parts_make_the_cost(
+      self.compared['plain'][0].model,
+      8,
+      (4 * 48 * 8 + block(4, 8, 2, 8), 4 * 48 * 12 + block(4, 12, 2, 12)),
+    )
+
   @parameterized.named_parameters(CASES[0], CASES[4])
   def test_slicing_goes_with_the_other_pooling(
     self, slicing, index, embedding, last, blocks
@@ -317,7 +338,6 @@ class SlicingTest(parameterized.TestCase):
   @parameterized.parameters(('idle', 5, 12), ('plain', 4, 8))
   def test_gate_logits_equal_their_formula(self, slicing, tokens, width):
     comparison, subnets = self.compared[slicing]
-    params = comparison.variables.params
 
     @jax.jit
     def run(variables):
@@ -329,14 +349,11 @@ class SlicingTest(parameterized.TestCase):
     assert features.shape == (4, tokens, width)
     for other in others:
       np.testing.assert_array_equal(other, features)
-    x = np.asarray(features, np.float64)
-    pooled = [x.mean(1), x.max(1), np.sqrt(x.var(1) + 1e-6)]
     # As wide as the narrowest trunk, the only one that it sees.
-    assert params['slim/reduce/kernel'].shape == (3 * width, 64)
-    reduced = np.concatenate(pooled, 1) @ params['slim/reduce/kernel']
-    reduced = np.maximum(reduced + params['slim/reduce/bias'], 0)
-    expected = reduced @ params['slim/head/kernel']
-    assert expected.shape == (4, 3)
+    params = comparison.variables.params
+    assert params['slim/hidden/0/kernel'].shape == (3 * width, 64)
+    expected = fixed.slimming_logits(features, comparison.variables)
+    assert expected.shape == (4, 3) and expected.any()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
   def test_bfloat16_activations_give_float32_logits_of_float32_weights(self):
@@ -519,7 +536,13 @@ class OptionsTest(parameterized.TestCase):
     model = create_abstract(**{**BASE, 'stages': stages})
     assert model.widest == model.routing_space[-1]
     assert [s.widths for s in model.routing_space] == [(12, 12, 4), (12,) * 3]
-    assert not models.variables_of(model).batch_stats
+
+  def test_only_the_gate_has_batch_statistics(self):
+    stats = models.variables_of(create_abstract(**IDLE)).batch_stats
+    assert {path: array.shape for path, array in stats.items()} == {
+      'slim/norm/mean': (1, 36),
+      'slim/norm/variance': (1, 36),
+    }
 
   @parameterized.parameters(('idle', (16, 16, 4)), ('plain', (16, 16, 4)))
   def test_the_embedding_is_as_wide_as_the_widest_slice(self, slicing, widths):

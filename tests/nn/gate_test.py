@@ -115,6 +115,12 @@ class DoubleHeadedGateTest(parameterized.TestCase):
     assert gate.attention(x).dtype == jnp.bfloat16
 
 
+def assert_close(found, expected, tolerance=1e-5):
+  """To the largest magnitude: float32 sums of some tens of terms."""
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+
+
 def pool(x, pooling):
   """The statistics of x (N, positions, C) that a slimming gate reads."""
   x = x.astype(np.float64)
@@ -124,36 +130,57 @@ def pool(x, pooling):
   return np.concatenate([mean, x.max(1), deviation], axis=1)
 
 
-def make_slimming_gate(pooling, hidden=6):
-  return randomize(
+def make_slimming_gate(pooling, hidden=(6, 5)):
+  """A gate of random parameters and statistics, and both as arrays."""
+  gate, params = randomize(
     nn.SlimmingGate(
       WIDTH, BUCKETS, hidden=hidden, pooling=pooling, rngs=nnx.Rngs(0)
     )
   )
+  # A variance is positive.
+  params['norm']['variance'] = np.exp(params['norm']['variance'])
+  gate.norm.variance[...] = jnp.asarray(params['norm']['variance'])
+  return gate, params
+
+
+def normalized(x, params, mean=None, variance=None):
+  """A batch norm, with its running statistics unless others are given."""
+  norm = params['norm']
+  mean = norm['mean'][0] if mean is None else mean
+  variance = norm['variance'][0] if variance is None else variance
+  deviation = np.sqrt(np.asarray(variance, np.float64) + 1e-5)
+  return (x - mean) / deviation * norm['scale'] + norm['bias']
+
+
+def perceptron(x, params):
+  for _, layer in sorted(params['hidden'].items()):
+    x = np.maximum(x @ layer['kernel'] + layer['bias'], 0)
+  return x @ params['head']['kernel']
 
 
 def slimming_logits(x, params, pooling):
-  kernel, bias = params['reduce']['kernel'], params['reduce']['bias']
-  hidden = np.maximum(pool(x, pooling) @ kernel + bias, 0)
-  return hidden @ params['head']['kernel']
+  return perceptron(normalized(pool(x, pooling), params), params)
 
 
 class SlimmingGateTest(parameterized.TestCase):
-  @parameterized.parameters('mean', 'mean_max_std')
-  def test_logits_of_tokens_equal_their_formula(self, pooling):
-    gate, params = make_slimming_gate(pooling)
+  @parameterized.product(
+    pooling=('mean', 'mean_max_std'), hidden=((6, 5), (7,), (4, 5, 6))
+  )
+  def test_logits_of_tokens_equal_their_formula(self, pooling, hidden):
+    gate, params = make_slimming_gate(pooling, hidden)
+    assert len(params['hidden']) == len(hidden)
     x = make_input(WIDTH).reshape(5, 6, WIDTH)
     expected = slimming_logits(x, params, pooling)
     assert expected.shape == (5, BUCKETS) and (expected != 0).all()
-    np.testing.assert_allclose(gate(x), expected, rtol=1e-5, atol=1e-5)
+    assert_close(gate(x), expected)
 
   @parameterized.parameters('mean', 'mean_max_std')
-  def test_without_a_hidden_layer_the_head_is_linear(self, pooling):
-    gate, params = make_slimming_gate(pooling, hidden=0)
+  def test_without_hidden_layers_the_head_is_linear(self, pooling):
+    gate, params = make_slimming_gate(pooling, hidden=())
     x = make_input(WIDTH).reshape(5, 6, WIDTH)
-    assert params.keys() == {'head'}
-    expected = pool(x, pooling) @ params['head']['kernel']
-    np.testing.assert_allclose(gate(x), expected, rtol=1e-5, atol=1e-5)
+    assert params.keys() == {'norm', 'head'}
+    expected = normalized(pool(x, pooling), params) @ params['head']['kernel']
+    assert_close(gate(x), expected)
 
   @parameterized.parameters('mean', 'mean_max_std')
   def test_pixels_are_pooled_like_tokens(self, pooling):
@@ -164,28 +191,54 @@ class SlimmingGateTest(parameterized.TestCase):
   def test_order_of_tokens_does_not_matter(self):
     gate, _ = make_slimming_gate('mean_max_std')
     x = make_input(WIDTH).reshape(5, 6, WIDTH)
-    np.testing.assert_allclose(
-      gate(x[:, [3, 1, 5, 0, 2, 4]]), gate(x), rtol=1e-5, atol=1e-5
-    )
+    assert_close(gate(x[:, [3, 1, 5, 0, 2, 4]]), gate(x))
 
   @parameterized.parameters(('mean', 12), ('mean_max_std', 36))
-  def test_parameters_are_the_reduction_and_the_head(self, pooling, inputs):
+  def test_arrays_are_the_norm_the_layers_and_the_head(self, pooling, inputs):
     _, params = make_slimming_gate(pooling)
     shapes = jax.tree.map(np.shape, params)
+    affine = {'scale': (inputs,), 'bias': (inputs,)}
+    statistics = {'mean': (1, inputs), 'variance': (1, inputs)}
     assert shapes == {
-      'reduce': {'kernel': (inputs, 6), 'bias': (6,)},
-      'head': {'kernel': (6, BUCKETS)},
+      'norm': {**affine, **statistics},
+      'hidden': {
+        0: {'kernel': (inputs, 6), 'bias': (6,)},
+        1: {'kernel': (6, 5), 'bias': (5,)},
+      },
+      'head': {'kernel': (5, BUCKETS)},
     }
+
+  @parameterized.parameters('mean', 'mean_max_std')
+  def test_momentum_moves_the_statistics_and_uses_the_batch_s(self, pooling):
+    gate, params = make_slimming_gate(pooling)
+    x = make_input(WIDTH).reshape(5, 6, WIDTH)
+    pooled = pool(x, pooling)
+    found = gate(x, momentum=0.25)
+    batch = pooled.mean(0), pooled.var(0, ddof=1)
+    for kind, moment in zip(('mean', 'variance'), batch, strict=True):
+      expected = 0.75 * params['norm'][kind] + 0.25 * moment[None]
+      assert_close(getattr(gate.norm, kind)[...], expected)
+    by_batch = normalized(pooled, params, pooled.mean(0), pooled.var(0))
+    # The batch's variance is small in places: its rounding counts tenfold.
+    assert_close(found, perceptron(by_batch, params), 1e-4)
+
+  def test_without_momentum_the_statistics_stay(self):
+    gate, params = make_slimming_gate('mean_max_std')
+    gate(make_input(WIDTH))
+    for kind in ('mean', 'variance'):
+      found = getattr(gate.norm, kind)[...]
+      np.testing.assert_array_equal(found, params['norm'][kind])
 
   def test_fresh_gate_prefers_no_bucket_and_can_learn(self):
     gate = nn.SlimmingGate(
-      WIDTH, BUCKETS, hidden=6, pooling='mean_max_std', rngs=nnx.Rngs(0)
+      WIDTH, BUCKETS, hidden=(6, 5), pooling='mean_max_std', rngs=nnx.Rngs(0)
     )
     assert (np.asarray(gate(make_input(WIDTH))) == 0).all()
-    graph, params = nnx.split(gate)
+    graph, params, statistics = nnx.split(gate, nnx.Param, nnx.BatchStat)
 
     def loss(params):
-      return nnx.merge(graph, params)(make_input(WIDTH))[:, 0].sum()
+      merged = nnx.merge(graph, params, statistics)
+      return merged(make_input(WIDTH))[:, 0].sum()
 
     gradient = jax.grad(loss)(params)
     assert np.asarray(gradient['head']['kernel'][...])[:, 0].any()
@@ -193,9 +246,7 @@ class SlimmingGateTest(parameterized.TestCase):
   def test_features_that_do_not_vary_have_a_finite_gradient(self):
     gate, params = make_slimming_gate('mean_max_std')
     x = np.ones((2, 6, WIDTH), np.float32)
-    np.testing.assert_allclose(
-      gate(x), slimming_logits(x, params, 'mean_max_std'), rtol=1e-5, atol=1e-5
-    )
+    assert_close(gate(x), slimming_logits(x, params, 'mean_max_std'))
     gradient = jax.grad(lambda x: gate(x).sum())(x)
     assert np.isfinite(gradient).all() and gradient.any()
 
@@ -204,14 +255,15 @@ class SlimmingGateTest(parameterized.TestCase):
     x = jnp.asarray(make_input(WIDTH).reshape(5, 6, WIDTH), jnp.bfloat16)
     logits = gate(x)
     assert logits.dtype == jnp.float32
-    expected = slimming_logits(np.asarray(x), params, 'mean_max_std')
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits, slimming_logits(np.asarray(x), params, 'mean_max_std'))
 
-  def test_wider_features_are_refused(self):
+  def test_other_widths_are_refused(self):
     gate, _ = make_slimming_gate('mean_max_std')
-    with pytest.raises(ValueError, match='Slice 39 -> 6 does not fit a dense'):
+    with pytest.raises(ValueError, match='Slice of 39 channels, row 0, does n'):
       gate(make_input(13))
 
-  def test_other_pooling_is_refused(self):
+  def test_other_options_are_refused(self):
     with pytest.raises(ValueError, match="gate_pooling='max': expected 'mean'"):
       make_slimming_gate('max')
+    with pytest.raises(ValueError, match='gate_hidden=0: expected at least 1'):
+      make_slimming_gate('mean', hidden=(6, 0))

@@ -9,8 +9,6 @@ from ds_jax import mesh as meshes
 from ds_jax import models
 from ds_jax.train import calibrate
 
-NUM_BATCHES = 3
-
 
 def normalize(images):
   return images.astype(jnp.float32) / 64 - 2
@@ -31,6 +29,26 @@ def random_variables(model):
   )
 
 
+def make_batches():
+  rng = np.random.default_rng(1)
+  return [
+    rng.integers(0, high, (8, 8, 8, 3)).astype(np.uint8)
+    for high in (64, 128, 256)
+  ]
+
+
+def calibrated(model, variables, batches):
+  """The network after a step for each batch."""
+  mesh = meshes.make_mesh(jax.devices()[:1])
+  config = calibrate.CalibrateConfig(num_batches=len(batches))
+  stage = calibrate.Calibrate(config, model, normalize, mesh=mesh)
+  assert stage.num_steps == len(batches)
+  state = stage.init(variables)
+  for step, images in enumerate(batches):
+    state, _ = stage.step(state, {'images': images}, step)
+  return state.network
+
+
 class CalibrateTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -46,19 +64,8 @@ class CalibrateTest(parameterized.TestCase):
       gate_stage=1,
     )
     cls.variables = random_variables(cls.model)
-    rng = np.random.default_rng(1)
-    cls.batches = [
-      rng.integers(0, high, (8, 8, 8, 3)).astype(np.uint8)
-      for high in (64, 128, 256)
-    ]
-    mesh = meshes.make_mesh(jax.devices()[:1])
-    config = calibrate.CalibrateConfig(num_batches=NUM_BATCHES)
-    stage = calibrate.Calibrate(config, cls.model, normalize, mesh=mesh)
-    assert stage.num_steps == NUM_BATCHES
-    state = stage.init(cls.variables)
-    for step, images in enumerate(cls.batches):
-      state, _ = stage.step(state, {'images': images}, step)
-    cls.network = state.network
+    cls.batches = make_batches()
+    cls.network = calibrated(cls.model, cls.variables, cls.batches)
 
   def test_weights_are_left_alone(self):
     for path, array in self.variables.params.items():
@@ -122,3 +129,59 @@ class CalibrateTest(parameterized.TestCase):
     rows = self.network.batch_stats['stages/1/1/pointwise_norm/mean']
     assert rows.shape == (4, 8)
     assert len(np.unique(np.asarray(rows)[:, 0])) == 4
+
+
+OWN_GATE = dict(
+  stem_widths=(4, 6),
+  stages=(dict(widths=(4, 8)), dict(widths=(4, 6, 8), stride=2)),
+  gate_stage=1,
+  gate_head='own',
+)
+BLOCKS = dict(
+  image_size=8,
+  patch_size=4,
+  head_dim=4,
+  stages=(
+    dict(widths=(8,), heads=(2,), hidden=(8,), depths=(1,)),
+    dict(widths=(4, 8), heads=(1, 2), hidden=(8,), depths=(1,)),
+  ),
+  gate_stage=1,
+)
+
+
+class GateNormTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('ds_mobilenet', OWN_GATE, False), ('ds_vit_cifar', BLOCKS, True)
+  )
+  def test_is_the_mean_of_the_batches_moments(self, name, options, is_alone):
+    model = models.create_abstract_model(name, 3, **options)
+    variables, batches = random_variables(model), make_batches()
+    network = calibrated(model, variables, batches)
+    norm = {'slim/norm/mean', 'slim/norm/variance'}
+    assert (network.batch_stats.keys() == norm) == is_alone
+    architecture = models.Architecture(model)
+
+    @jax.jit
+    def trunk(images):
+      # Its own norms, where it has any, take the batch's moments as well.
+      bound = architecture.bind(variables)
+      return bound.trunk(normalize(images), momentum=1.0)
+
+    moments = []
+    for images in batches:
+      x = np.asarray(trunk(images), np.float64)
+      x = x.reshape(len(x), -1, x.shape[-1])
+      deviation = np.sqrt(x.var(1) + 1e-6)
+      pooled = np.concatenate([x.mean(1), x.max(1), deviation], axis=1)
+      moments.append((pooled.mean(0), pooled.var(0, ddof=1)))
+    for kind, values in zip(
+      ('mean', 'variance'), zip(*moments, strict=True), strict=True
+    ):
+      path = f'slim/norm/{kind}'
+      expected = np.mean(values, 0)
+      (found,) = np.asarray(network.batch_stats[path])
+      # The variance is a difference of two float32 means.
+      np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+      # Not what was there, nor what one batch would leave.
+      for other in (variables.batch_stats[path][0], values[0], values[-1]):
+        assert np.abs(found - other).max() > 1e-2

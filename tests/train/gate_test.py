@@ -9,6 +9,7 @@ from absl.testing import parameterized
 from ds_jax import mesh as meshes
 from ds_jax import models
 from ds_jax.train import gate, optimizer
+from models import fixed
 
 SEED = 3
 NUM_IMAGES, NUM_BUCKETS, REDUCED = 8, 3, 2
@@ -84,11 +85,21 @@ def softmax(logits):
   return logits / logits.sum(-1, keepdims=True)
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits, labels, is_balanced=False):
   """With label smoothing."""
   log = np.log(softmax(logits))
   own = log[np.arange(len(labels)), labels]
-  return -((1 - SMOOTHING) * own + SMOOTHING * log.mean(-1)).mean()
+  rows = -((1 - SMOOTHING) * own + SMOOTHING * log.mean(-1))
+  if is_balanced:
+    return np.mean([rows[labels == label].mean() for label in set(labels)])
+  return rows.mean()
+
+
+def binary_cross_entropy(logits, targets):
+  """-t log(p) - (1 - t) log(1 - p), where p is the logits' sigmoid."""
+  probability = 1 / (1 + np.exp(-logits))
+  log, other = np.log(probability), np.log(1 - probability)
+  return -(targets * log + (1 - targets) * other).mean()
 
 
 def differences(function, x, step=1e-5):
@@ -144,7 +155,7 @@ class LossTestCase(GateTestCase):
 
     features, outputs = frozen_parts(cls.variables)
     # z_k, (K, N, C).
-    cls.outputs = np.asarray(outputs, np.float64)
+    cls.outputs, cls.features = np.asarray(outputs, np.float64), features
     path = HEAD.removesuffix('slim/kernel') + 'reduce'
     params = {
       name: np.asarray(cls.variables.params[f'{path}/{name}'], np.float64)
@@ -169,6 +180,10 @@ class LossTestCase(GateTestCase):
     right = self.outputs.argmax(-1) == self.batch['labels']
     return np.where(right[0], 0, np.where(right[-1], NUM_BUCKETS - 1, hard))
 
+  def sandwich(self, logits, targets):
+    is_balanced = self.config.get('balances_labels', False)
+    return cross_entropy(logits, targets, is_balanced)
+
   def check_step(self, hard, madds_term, state, step):
     """One step of SGD at learning rate 1 moves the head by the gradient."""
     head = np.asarray(state.head[HEAD], np.float64)
@@ -182,7 +197,7 @@ class LossTestCase(GateTestCase):
 
     def loss(head):
       mix, logits = routed(head)
-      total = 2 * cross_entropy(self.reduced @ head, targets)
+      total = 2 * self.sandwich(self.reduced @ head, targets)
       total += 3 * cross_entropy(logits, labels)
       return total + madds_term((mix @ self.madds).mean())
 
@@ -195,7 +210,7 @@ class LossTestCase(GateTestCase):
 
     logits = self.reduced @ head
     expected = {
-      'loss/sandwich': cross_entropy(logits, targets),
+      'loss/sandwich': self.sandwich(logits, targets),
       'loss/routed': cross_entropy(routed(head)[1], labels),
       'madds': self.madds[logits.argmax(-1)].mean(),
       'easy': (targets == 0).mean(),
@@ -323,6 +338,134 @@ class TargetTest(LossTestCase):
     assert (state.price > 0) == (bucket > 0)
 
 
+class BalancedTest(LossTestCase):
+  """Both SGS labels weigh the same."""
+
+  config = dict(
+    sandwich_weight=2.0,
+    routed_weight=3.0,
+    madds_weight=0.25,
+    madds_unit=5e3,
+    hard_images='give_up',
+    balances_labels=True,
+    temperature=TEMPERATURE,
+    label_smoothing=SMOOTHING,
+  )
+
+  def test_head_moves_by_the_gradient_of_the_stated_loss(self):
+    # Five images of the one label and three of the other.
+    assert sorted(self.sandwich_labels(0)) == [0] * 5 + [NUM_BUCKETS - 1] * 3
+    self.check_step(0, lambda spent: 0.25 * (spent / 5e3) ** 2, self.init(), 0)
+
+
+class CorrectnessTestCase(LossTestCase):
+  """mean BCE(gate logit k, softmax(z_k)[label])."""
+
+  config = dict(target='correctness', target_madds=4e3, ema_decay=0.6)
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    labels, images = cls.batch['labels'], np.arange(NUM_IMAGES)
+    # (N, K).
+    cls.targets = softmax(cls.outputs)[:, images, labels].T
+
+  def check_step(self, state, loss_of):
+    """One step at learning rate 1; `loss_of` is of the head, in float64."""
+    head = {p: np.asarray(x, np.float64) for p, x in state.head.items()}
+    gradient = {
+      path: differences(lambda x, p=path: loss_of({**head, p: x}), array)
+      for path, array in head.items()
+    }
+    new, metrics = self.stage.step(state, self.batch, 0)
+    largest = max(np.abs(g).max() for g in gradient.values())
+    assert new.head.keys() == gradient.keys()
+    for path, expected in gradient.items():
+      found = head[path] - np.asarray(new.head[path])
+      # Float32 against float64.
+      np.testing.assert_allclose(
+        found, expected, rtol=0, atol=1e-4 * largest, err_msg=path
+      )
+    first = self.outputs[0].argmax(-1) == self.batch['labels']
+    total = {
+      'gradient_norm': sum((g**2).sum() for g in gradient.values()),
+      'parameter_norm': sum(
+        (np.asarray(x, np.float64) ** 2).sum() for x in new.head.values()
+      ),
+    }
+    expected = {
+      'loss/correctness': loss_of(head),
+      'easy': first.mean(),
+      'learning_rate': 1,
+      'price': new.price,
+      **{name: np.sqrt(square) for name, square in total.items()},
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+      np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    return new
+
+
+class CorrectnessTest(CorrectnessTestCase):
+  """Of the published head, which is linear."""
+
+  def loss(self, head):
+    return binary_cross_entropy(self.reduced @ head[HEAD], self.targets)
+
+  @parameterized.parameters(0.0, 1.0)
+  def test_head_moves_by_the_gradient_of_the_stated_loss(self, scale):
+    shape = (REDUCED, NUM_BUCKETS)
+    head = scale * np.random.default_rng(4).normal(size=shape)
+    new = self.check_step(self.init(head), self.loss)
+    assert (np.asarray(new.head[HEAD]) != np.float32(head)).all()
+
+  def test_price_is_left_alone_and_has_no_part_in_the_loss(self):
+    heads = []
+    for price in (0.0, 3.0):
+      # A step donates its state.
+      state = self.init().replace(price=jnp.float32(price))
+      for step in range(2):
+        state, metrics = self.stage.step(state, self.batch, step)
+      assert state.price == metrics['price'] == price
+      heads.append(np.asarray(state.head[HEAD]))
+    np.testing.assert_array_equal(*heads)
+
+  def test_logits_that_are_the_log_odds_have_no_gradient(self):
+    # The loss is least where a logit's sigmoid is its target.
+    odds = np.log(self.targets / (1 - self.targets))
+    least = binary_cross_entropy(odds, self.targets)
+    logits = jnp.asarray(odds, jnp.float32)
+    outputs = jnp.asarray(self.outputs, jnp.float32)
+
+    def loss(logits):
+      return self.stage._correctness_loss(logits, outputs, self.batch['labels'])
+
+    gradient, metrics = jax.grad(loss, has_aux=True)(logits)
+    np.testing.assert_allclose(metrics['loss/correctness'], least, rtol=1e-5)
+    # Float32's rounding of a probability, over the 24 logits.
+    np.testing.assert_allclose(gradient, 0, atol=1e-6 / gradient.size)
+
+
+class OwnHeadTest(CorrectnessTestCase):
+  """Of a head with layers of its own, all of which are trained."""
+
+  options = dict(gate_head='own', gate_hidden=(5, 4))
+
+  def loss(self, head):
+    variables = self.variables.replace(params={**self.variables.params, **head})
+    logits = fixed.slimming_logits(self.features, variables)
+    return binary_cross_entropy(logits, self.targets)
+
+  def test_every_layer_moves_by_the_gradient_of_the_stated_loss(self):
+    new = self.check_step(self.init(), self.loss)
+    assert {path.split('/')[1] for path in new.head} == {
+      'norm', 'hidden', 'head',
+    }  # fmt: skip
+    # The norm's statistics are calibration's, and stay.
+    for path, array in self.variables.batch_stats.items():
+      np.testing.assert_array_equal(new.network.batch_stats[path], array)
+
+
 class LargeTest(parameterized.TestCase):
   def test_madds_beyond_32_bits_move_the_price_the_right_way(self):
     model, image_size = create_model(), 2**14
@@ -331,7 +474,8 @@ class LargeTest(parameterized.TestCase):
     target = (madds[0] + madds[-1]) / 2
     stage = make_stage(model, image_size, target_madds=target, price_rate=1.0)
     for spent in madds:
-      price = stage._next_price(jnp.float32(0), jnp.float32(spent), 0)
+      metrics = {'madds': jnp.float32(spent)}
+      price = stage._next_price(jnp.float32(0), metrics, 0)
       expected = (spent - target) / madds[-1]
       np.testing.assert_allclose(price, expected, rtol=1e-4)
 
@@ -350,6 +494,17 @@ class BfloatTest(GateTestCase):
 
 
 class RefusalTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (
+      dict(target='both'),
+      "target='both': expected 'sandwich' or 'correctness'",
+    ),
+    (dict(part='budget'), "part='budget': expected 'train' or 'gate'"),
+  )
+  def test_other_choices_are_refused(self, options, message):
+    with pytest.raises(ValueError, match=message):
+      make_stage(create_model(), **options)
+
   @parameterized.parameters(-1, 1)
   def test_target_out_of_reach_is_refused(self, side):
     model = create_model()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import micro
-from ds_jax import checkpoint
+from ds_jax import checkpoint, data, models, routing
 from ds_jax.train import experiment, loop
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -99,25 +99,29 @@ class _Command:
 def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
   cache = tmp_path / 'cache'
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
-  code, output = _Command(images, whole, cache).finish()
+  # 20 of 80 images, two batches, the second part full.
+  held_out = '--config.dataset.budget_share=0.25'
+  code, output = _Command(images, whole, cache, held_out).finish()
   assert code == 0, output
 
-  # Any step will do, and each run of this test takes others.
-  steps = [random.randint(2, high) for high in (25, 20, 20)]
-  for stage, count in zip(_STAGES, steps, strict=True):
-    command = _Command(images, broken, cache)
+  # Any step will do, and each run of this test takes others. The last stage has
+  # two steps, so it is killed in or after it, before the evaluation ends.
+  steps = [random.randint(2, high) for high in (15, 20, 15)] + [1]
+  for stage, count in zip((*_STAGES, 'budget'), steps, strict=True):
+    command = _Command(images, broken, cache, held_out)
     command.wait_for(stage, count)
     command.process.send_signal(signal.SIGKILL)
     code, _ = command.finish()
     assert code == -signal.SIGKILL
     assert _rows(broken)[-1]['stage'] == stage, f'killed too late: {steps}'
-  code, output = _Command(images, broken, cache).finish()
+  code, output = _Command(images, broken, cache, held_out).finish()
   assert code == 0, output
-  assert 'Resuming gate' in output or 'Resuming calibrate' in output
+  assert 'Resuming budget' in output or 'Resuming gate' in output
 
   expected = checkpoint.restore(checkpoint.directory_of(whole))
   found = checkpoint.restore(checkpoint.directory_of(broken))
   assert found.step == expected.step
+  assert found.meta['stage'] == 'budget' and found.tree['mask'].sum() == 20
   jax.tree.map(np.testing.assert_array_equal, found.tree, expected.tree)
   results = [(d / 'results.json').read_text() for d in (whole, broken)]
   assert results[0] == results[1]
@@ -202,12 +206,28 @@ def test_another_config_is_refused(finished, field, value, message):
     ('checkpoint.every_steps', 0, 'every_steps=0: expected at least 1'),
     ('model.dtype', 'bf16', "dtype='bf16': expected 'float32' or"),
     ('seed', -1, 'seed=-1: expected at least 0'),
+    ('gate.target', 'right', "In config.gate: target='right': expected 'sandw"),
+    ('gate.part', 'test', "In config.gate: part='test': expected 'train'"),
+    ('gate.part', 'gate', "The gate part of 'idx:.*' is empty: gate_share is"),
+    ('gate.target', 'correctness', 'set config.dataset.budget_share'),
+    ('supernet.num_epochs', -1.0, 'num_epochs=-1.0: expected at least 0'),
   ],
 )
 def test_a_wrong_config_is_refused(config, tmp_path, field, value, message):
   with config.unlocked():
     config.update_from_flattened_dict({field: value})
   with pytest.raises(experiment.ConfigError, match=message):
+    loop.train(config, tmp_path)
+
+
+def test_correctness_needs_to_know_what_to_spend(config, tmp_path):
+  config.dataset.budget_share = 0.25
+  with config.unlocked():
+    config.gate.target = 'correctness'
+    config.gate.target_madds = None
+  with pytest.raises(
+    experiment.ConfigError, match="target='correctness' needs gate.target_madds"
+  ):
     loop.train(config, tmp_path)
 
 
@@ -249,6 +269,137 @@ def test_evaluating_nothing_is_refused_and_makes_nothing(config, tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match='No checkpoints in'):
     loop.evaluate_only(config, tmp_path / 'nothing')
   assert not (tmp_path / 'nothing').exists()
+
+
+@pytest.fixture(scope='module')
+def budgeted(images, tmp_path_factory):
+  """A run with images held out for the gate and budgets, each step saved."""
+  config = micro.get_config()
+  config.dataset.name = images
+  # Of 80 images 16 and 20: one batch, and one and a quarter.
+  config.dataset.gate_share = 0.2
+  config.dataset.budget_share = 0.25
+  config.supernet.num_epochs = 1.0
+  config.calibrate.num_batches = 2
+  config.gate.num_epochs = 2.0
+  with config.unlocked():
+    config.gate.part = 'gate'
+    config.gate.target = 'correctness'
+  config.checkpoint = dict(every_steps=1, keep_last=100, keep_best=0)
+  workdir = tmp_path_factory.mktemp('budgeted')
+  return config, workdir, loop.train(config, workdir)
+
+
+def test_budget_stage_sees_every_image_held_out_for_it(budgeted):
+  config, workdir, results = budgeted
+  restored = checkpoint.restore(checkpoint.directory_of(workdir))
+  # Two steps each.
+  assert (restored.step, restored.meta['stage']) == (8, 'budget')
+  np.testing.assert_array_equal(restored.tree['mask'], np.arange(32) < 20)
+  assert results['budgets_set_on'] == 'held-out images'
+  rows = [r for r in _rows(workdir) if r['stage'] == 'budget']
+  assert len(rows) == 2
+  # 16 and 4 images.
+  right = routing.images_held_out(restored.tree).right
+  for row, part in zip(rows, (right[:16], right[16:]), strict=True):
+    assert row['right/narrowest'] == pytest.approx(part[:, 0].mean(), rel=1e-6)
+    assert row['right/last'] == pytest.approx(part[:, -1].mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize('first_lost', [8, 7, 6])
+def test_a_run_resumes_around_the_budget_stage_bit_equal(
+  budgeted, tmp_path, first_lost
+):
+  """In the midst of it, before its first step, and in the stage before."""
+  config, workdir, results = budgeted
+  shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+  directory = pathlib.Path(checkpoint.directory_of(tmp_path))
+  for step in range(first_lost, 9):
+    shutil.rmtree(directory / str(step))
+  (tmp_path / 'results.json').unlink()
+  assert loop.train(config, tmp_path) == results
+  one, other = (
+    checkpoint.restore(checkpoint.directory_of(d)) for d in (workdir, tmp_path)
+  )
+  assert one.step == other.step == 8
+  jax.tree.map(np.testing.assert_array_equal, one.tree, other.tree)
+  texts = [(d / 'results.json').read_text() for d in (workdir, tmp_path)]
+  assert texts[0] == texts[1]
+
+
+def test_a_run_with_budgets_is_evaluated_from_its_checkpoint(budgeted):
+  config, workdir, results = budgeted
+  assert loop.evaluate_only(config, workdir) == results
+  assert json.loads((workdir / 'results.json').read_text()) == results
+
+
+def test_budget_stage_reads_its_part_from_where_it_left_off(budgeted, tmp_path):
+  config, _, _ = budgeted
+  dataset = experiment.Experiment.from_config(config).dataset
+  with loop.Run(config, tmp_path) as run:
+    (batch,) = run._train_batches(loop.Position(3, 1))
+  source = data.load_part(dataset, 'budget')
+  assert batch['mask'].sum() == 4
+  for i in range(4):
+    np.testing.assert_array_equal(batch['images'][i], source[16 + i]['image'])
+    assert batch['labels'][i] == source[16 + i]['label']
+
+
+@pytest.mark.parametrize('part', ['train', 'gate'])
+def test_gate_reads_the_part_that_it_is_told(budgeted, tmp_path, part):
+  config, _, _ = budgeted
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.gate.part = part
+    config.gate.is_augmented = False
+  dataset = experiment.Experiment.from_config(config).dataset
+  with loop.Run(config, tmp_path) as run:
+    batches = run._train_batches(loop.Position(2))
+    found = {i.tobytes() for _ in range(4) for i in next(batches)['images']}
+    batches.close()
+  source = data.load_part(dataset, part)
+  expected = {source[i]['image'].tobytes() for i in range(len(source))}
+  assert found == expected
+
+
+def test_each_stage_s_order_is_that_of_runs_without_budgets(config, tmp_path):
+  config.seed = 2
+  dataset = experiment.Experiment.from_config(config).dataset
+  with loop.Run(config, tmp_path) as run:
+    for stage in range(3):
+      batches = run._train_batches(loop.Position(stage, 4))
+      # Three stages were shuffled before there was a fourth.
+      expected = data.train_batches(dataset, seed=2 * 3 + stage, start_step=4)
+      one, other = next(batches), next(expected)
+      batches.close()
+      expected.close()
+      np.testing.assert_array_equal(one['images'], other['images'])
+      np.testing.assert_array_equal(one['labels'], other['labels'])
+
+
+def test_without_supernet_training_only_the_gate_changes(
+  finished, config, tmp_path
+):
+  _, trained, _ = finished
+  config.supernet.num_epochs = 0.0
+  config.calibrate.num_batches = 2
+  config.gate.num_epochs = 1.0
+  config.init = dict(checkpoint=str(trained))
+  loop.train(config, tmp_path)
+  before, after = (
+    checkpoint.restore(checkpoint.directory_of(d)) for d in (trained, tmp_path)
+  )
+  # Two of calibration and five of the gate.
+  assert after.step == 2 + 5 and after.meta['stage'] == 'gate'
+  assert {row['stage'] for row in _rows(tmp_path)} == {'calibrate', 'gate'}
+  params = [r.tree['network']['params'] for r in (before, after)]
+  changed = {
+    path
+    for path, array in params[0].items()
+    if array.tobytes() != params[1][path].tobytes()
+  }
+  assert changed == {path for path in params[0] if models.is_slimming(path)}
+  assert changed
 
 
 def test_a_run_starts_from_another_s_network(finished, config, tmp_path):
@@ -336,6 +487,7 @@ def _vit_config(images):
   )
   config.supernet.multi_view = True
   config.supernet.num_epochs = 2.0
+  config.calibrate.num_batches = 4
   config.gate.num_epochs = 2.0
   config.gate.target_madds = None
   config.checkpoint = dict(every_steps=3, keep_last=100, keep_best=0)
@@ -343,12 +495,12 @@ def _vit_config(images):
 
 
 def test_a_vit_resumes_bit_equal(images, tmp_path):
-  """Two views, stochastic depth, and no statistics to calibrate."""
+  """Two views, stochastic depth, and no statistics but the gate's."""
   config = _vit_config(images)
   results = [loop.train(config, tmp_path)]
   directory = pathlib.Path(checkpoint.directory_of(tmp_path))
   last = checkpoint.restore(str(directory))
-  assert last.step == 20
+  assert last.step == 10 + 4 + 10
   for step in directory.iterdir():
     if int(step.name) > 3:
       shutil.rmtree(step)

@@ -35,6 +35,38 @@ class CrossEntropyTest(parameterized.TestCase):
     found = losses.cross_entropy(logits, labels, label_smoothing)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
+  @parameterized.parameters(0.0, 0.1)
+  def test_balanced_labels_equal_their_formula(self, label_smoothing):
+    """The mean over the labels that occur of the mean over their rows."""
+    logits = random_logits(7, 5)
+    # One row of 0, two of 3, four of 1, none of the rest.
+    labels = np.asarray([3, 1, 1, 0, 3, 1, 1], np.int32)
+    log = np.log(softmax(logits))
+    rows = -(1 - label_smoothing) * log[np.arange(7), labels]
+    rows -= label_smoothing * log.mean(-1)
+    expected = np.mean([rows[labels == label].mean() for label in (0, 1, 3)])
+    found = losses.cross_entropy(logits, labels, label_smoothing, True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert abs(expected - rows.mean()) > 0.01
+
+  def test_balanced_labels_have_the_gradient_of_their_formula(self):
+    logits = random_logits(7, 5)
+    labels = np.asarray([3, 1, 1, 0, 3, 1, 1], np.int32)
+    counts = np.asarray([2, 4, 4, 1, 2, 4, 4])
+    expected = (softmax(logits) - np.eye(5)[labels]) / (3 * counts[:, None])
+    found = jax.grad(losses.cross_entropy)(
+      jnp.asarray(logits), labels, is_balanced=True
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+  def test_one_label_alone_is_balanced(self):
+    logits, labels = random_logits(7, 5), np.full(7, 2, np.int32)
+    np.testing.assert_allclose(
+      losses.cross_entropy(logits, labels, is_balanced=True),
+      losses.cross_entropy(logits, labels),
+      rtol=1e-6,
+    )
+
   def test_soft_targets_equal_their_formula(self):
     logits, targets = random_logits(7, 5), softmax(random_logits(7, 5, seed=1))
     found = losses.soft_cross_entropy(logits, jnp.asarray(targets, jnp.float32))
@@ -45,6 +77,22 @@ class CrossEntropyTest(parameterized.TestCase):
     logits = jnp.asarray([[1e4, -1e4]])
     assert losses.cross_entropy(logits, jnp.asarray([0])) == 0
     assert losses.cross_entropy(logits, jnp.asarray([1])) == 2e4
+
+
+class LabelProbabilityTest(parameterized.TestCase):
+  def test_is_the_softmax_at_the_label(self):
+    logits = random_logits(3, 7, 5)
+    labels = np.arange(7, dtype=np.int32) % 5
+    found = losses.label_probability(logits, labels)
+    assert found.shape == (3, 7)
+    for bucket, image in np.ndindex(3, 7):
+      expected = softmax(logits[bucket, image])[labels[image]]
+      np.testing.assert_allclose(found[bucket, image], expected, rtol=1e-6)
+
+  def test_huge_logits_stay_finite(self):
+    logits = jnp.asarray([[1e4, -1e4]])
+    assert losses.label_probability(logits, jnp.asarray([0])) == 1
+    assert losses.label_probability(logits, jnp.asarray([1])) == 0
 
 
 class SandwichLabelsTest(parameterized.TestCase):

@@ -1,0 +1,138 @@
+"""An evaluation's results on disk, as a table and as a plot."""
+
+import json
+import math
+import pathlib
+
+from absl import logging
+
+from ds_jax import evaluate
+
+# Shares of the dearest bucket's MAdds that the table shows.
+_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+
+
+def write(results: evaluate.Results, workdir: pathlib.Path) -> None:
+  """Writes `results.json`, and `routing.png` where matplotlib is installed."""
+  path = workdir / 'results.json'
+  partial = path.with_suffix('.partial')
+  partial.write_text(json.dumps(results, indent=2) + '\n')
+  partial.replace(path)
+  try:
+    plot(results, workdir / 'routing.png')
+  except ImportError:
+    logging.info("No plot without matplotlib: pip install -e '.[plot]'.")
+
+
+def table(results: evaluate.Results) -> str:
+  """Returns `results` as text for people."""
+  shares = ' '.join(f'{share:.1%}' for share in results['routed']['shares'])
+  return '\n'.join(
+    [
+      *_subnet_lines(results),
+      f'Images per bucket: {shares}',
+      '',
+      *_router_lines(results),
+      '',
+      _ensemble_line(results['ensemble']),
+    ]
+  )
+
+
+def _subnet_lines(results):
+  widest = max(row['madds'] for row in results['subnets'])
+  lines = [
+    f'{"":>14} {"top-1 %":>8} {"top-5 %":>8} {"MAdds":>15} {"of widest":>9}'
+  ]
+
+  def add(name, row):
+    top5 = f'{100 * row["top5"]:8.2f}' if 'top5' in row else ' ' * 8
+    lines.append(
+      f'{name:>14} {100 * row["top1"]:8.2f} {top5} {row["madds"]:15,.0f}'
+      f' {row["madds"] / widest:9.1%}'
+    )
+
+  for row in results['subnets']:
+    add(f'subnet {row["index"]}', row)
+  for name in ('routed', 'static_line', 'best_static', 'random', 'oracle'):
+    add(name, results[name])
+  return lines
+
+
+def _router_lines(results):
+  """Top-1, and the gain over the line, at shares of the dearest's MAdds."""
+  dearest = _dearest(results)
+  lines = [
+    "Top-1 % at a share of the dearest bucket's MAdds, and the gain over the"
+    f' line; budgets set on the {results["budgets_set_on"]}.',
+    ' ' * 22 + ''.join(f'{share:>14.0%}' for share in _SHARES),
+  ]
+  for name, points in results['routers'].items():
+    cells = []
+    for share in _SHARES:
+      near = [p for p in points if math.isclose(p['budget'], share * dearest)]
+      cells.append(
+        f'{100 * near[0]["top1"]:.2f} {100 * near[0]["gain"]:+.2f}'
+        if near
+        else '-'
+      )
+    lines.append(f'{name:>22}' + ''.join(f'{cell:>14}' for cell in cells))
+  return lines
+
+
+def _ensemble_line(ensemble):
+  return (
+    f'Averaging the last answer with {ensemble["weight"]:.0%} of the first:'
+    f' {100 * ensemble["gain"]:+.2f} +- {100 * ensemble["gain_error"]:.2f}'
+    ' points of top-1.'
+  )
+
+
+def _dearest(results) -> float:
+  num_buckets = len(results['routed']['shares'])
+  return max(row['madds'] for row in results['subnets'][:num_buckets])
+
+
+def plot(results: evaluate.Results, path: pathlib.Path) -> None:
+  """Draws top-1 against MAdds for the buckets, every router and the oracle.
+
+  Args:
+    results: of `evaluate.results`.
+    path: of the image; its ending tells the format.
+
+  Raises:
+    ImportError: without matplotlib.
+  """
+  # Imported here: an option.
+  from matplotlib import figure
+
+  dearest = _dearest(results)
+  canvas = figure.Figure(figsize=(7, 4.5), layout='constrained')
+  axes = canvas.subplots()
+  num_buckets = len(results['routed']['shares'])
+  buckets = results['subnets'][:num_buckets]
+  axes.plot(
+    [row['madds'] / dearest for row in buckets],
+    [100 * row['top1'] for row in buckets],
+    'ko-',
+    label='static sub-networks',
+  )
+  for name, points in results['routers'].items():
+    axes.errorbar(
+      [p['madds'] / dearest for p in points],
+      [100 * p['top1'] for p in points],
+      [100 * p['gain_error'] for p in points],
+      label=name,
+      linewidth=1,
+    )
+  some = next(iter(results['routers'].values()))
+  axes.plot(
+    [p['madds'] / dearest for p in some],
+    [100 * p['oracle'] for p in some],
+    'k:',
+    label='oracle',
+  )
+  axes.set_xlabel("mean MAdds, as a share of the dearest bucket's")
+  axes.set_ylabel('top-1, %')
+  axes.legend()
+  canvas.savefig(path, dpi=120)

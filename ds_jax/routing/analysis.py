@@ -1,0 +1,172 @@
+"""What a router is worth, over its whole range of budgets.
+
+A router earns its place if, at the same mean MAdds, it is right more often than
+a coin that mixes the static sub-networks. Pure functions of outcomes.
+
+Axes: N images, K buckets, G budgets.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ds_jax.routing import budget
+from ds_jax.routing import outcomes as outcomes_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """A router at one budget, beside what it has to be held against there.
+
+  Attributes:
+    budget: the mean MAdds that were asked for.
+    madds: spent on an image, on average.
+    madds_error: standard error of that mean.
+    top1: share of right answers.
+    line: what the best coin gets for the same MAdds; see `static_line`.
+    oracle: what the oracle gets for them; see `oracle_top1`.
+    gain: top1 - line.
+    gain_error: standard error of the gain, paired over the images.
+    captured: gain / (oracle - line), the share of what there is to gain; None
+      where there is nothing.
+  """
+
+  budget: float
+  madds: float
+  madds_error: float
+  top1: float
+  line: float
+  oracle: float
+  gain: float
+  gain_error: float
+  captured: float | None
+
+
+def static_line(
+  madds: float, right: np.ndarray, costs: outcomes_lib.BucketCosts
+) -> np.ndarray:
+  """Returns (N,), how often the coin between two buckets is right on an image.
+
+  The straight line between the static sub-networks on either side of `madds`;
+  past the ends, the sub-network at the end.
+
+  Args:
+    madds: that the coin spends, on average.
+    right: (N, K) bool.
+    costs: of the buckets, cheapest first.
+  """
+  buckets = costs.buckets
+  above = int(np.clip(np.searchsorted(buckets, madds), 1, len(buckets) - 1))
+  low, high = buckets[above - 1], buckets[above]
+  share = float(np.clip((madds - low) / (high - low), 0, 1))
+  return (1 - share) * right[:, above - 1] + share * right[:, above]
+
+
+def oracle_top1(
+  madds: float, right: np.ndarray, costs: outcomes_lib.BucketCosts
+) -> float:
+  """Returns the most right answers that anyone can buy with `madds`.
+
+  Who knows which buckets are right sends every image to the cheapest bucket,
+  and then those it gets wrong to their cheapest right one, the cheapest of
+  these first, until the MAdds are spent.
+
+  Args:
+    madds: mean over the images, at least the cheapest bucket's.
+    right: (N, K) bool.
+    costs: of the buckets, cheapest first.
+  """
+  num_images = len(right)
+  first_right = right.argmax(1)
+  mendable = right.any(1) & ~right[:, 0]
+  extra = np.sort((costs.buckets - costs.buckets[0])[first_right[mendable]])
+  left = (madds - costs.buckets[0]) * num_images
+  spent = np.cumsum(extra)
+  whole = int(np.searchsorted(spent, left, side='right'))
+  mended = float(whole)
+  if whole < len(extra):
+    mended += (left - (spent[whole - 1] if whole else 0)) / extra[whole]
+  return float(right[:, 0].mean() + mended / num_images)
+
+
+def measure(
+  runs: np.ndarray,
+  asked: float,
+  outcomes: outcomes_lib.Outcomes,
+  costs: outcomes_lib.BucketCosts,
+) -> Point:
+  """Holds a router against the line and the oracle.
+
+  Args:
+    runs: (N, R), as `replay` gives them.
+    asked: the budget.
+    outcomes: of the N images.
+    costs: of the buckets, cheapest first.
+  """
+  spent = costs.of_runs(runs)
+  madds = float(spent.mean())
+  right = outcomes_lib.right_answers(runs, outcomes)
+  line = static_line(madds, outcomes.right, costs)
+  difference = right - line
+  oracle = oracle_top1(madds, outcomes.right, costs)
+  gain, reach = float(difference.mean()), oracle - float(line.mean())
+  return Point(
+    budget=float(asked),
+    madds=madds,
+    madds_error=float(spent.std() / np.sqrt(len(spent))),
+    top1=float(right.mean()),
+    line=float(line.mean()),
+    oracle=oracle,
+    gain=gain,
+    gain_error=float(difference.std() / np.sqrt(len(difference))),
+    captured=gain / reach if reach > 0 else None,
+  )
+
+
+def curve(
+  dial: budget.Dial,
+  budgets: Sequence[float],
+  outcomes: outcomes_lib.Outcomes,
+  costs: outcomes_lib.BucketCosts,
+) -> list[Point]:
+  """Returns a router's points at those budgets that it can keep.
+
+  Args:
+    dial: of the router.
+    budgets: (G,) mean MAdds.
+    outcomes: of the images to measure on.
+    costs: of the buckets, cheapest first.
+  """
+  points = []
+  for madds in budgets:
+    try:
+      router = dial.router(madds)
+    except budget.BudgetError:
+      continue
+    runs = outcomes_lib.replay(router, outcomes)
+    points.append(measure(runs, madds, outcomes, costs))
+  return points
+
+
+def ensemble(
+  held_out: outcomes_lib.Outcomes, outcomes: outcomes_lib.Outcomes
+) -> dict[str, float]:
+  """Compares the last bucket with an average of the first and the last.
+
+  Args:
+    held_out: what the weight is fitted on.
+    outcomes: what both are measured on.
+
+  Returns:
+    `weight` of the first bucket's logits, the best on `held_out`; `top1` of the
+    average, `gain` over the last bucket alone, and `gain_error`, paired.
+  """
+  best = int(held_out.mixed.mean(0).argmax())
+  difference = outcomes.mixed[:, best].astype(float) - outcomes.mixed[:, 0]
+  return {
+    'weight': outcomes_lib.MIX_WEIGHTS[best],
+    'top1': float(outcomes.mixed[:, best].mean()),
+    'gain': float(difference.mean()),
+    'gain_error': float(difference.std() / np.sqrt(len(difference))),
+  }
