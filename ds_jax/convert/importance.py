@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ds_jax import validation
+from ds_jax import models, validation
 from ds_jax.convert import loading
 from ds_jax.models import channels
 
@@ -50,7 +50,11 @@ def sort_channels(model: nnx.Module, by: str = 'norm_scale') -> nnx.Module:
 
 
 def _importances(arrays, group, by, size) -> np.ndarray:
-  members = [m for m in group if m.path.endswith('/scale')]
+  members = [
+    m
+    for m in group
+    if m.path.endswith('/scale') and not models.is_slimming(m.path)
+  ]
   if by == 'l1' or not members:
     members = [m for m in group if m.produces]
   total = np.zeros(size)

@@ -191,34 +191,3 @@ def _slimming_gate(model, width, read) -> Group:
     dataclasses.replace(member, repeats=repeats)
     for member in (*_norm('slim/norm'), *_inputs(f'slim/{first}'))
   )
-
-
-def _inputs(layer, width=1) -> Group:
-  return (Member(f'{layer}/kernel', -2, width),)
-
-
-def _norm(layer) -> Group:
-  leaves = ('scale', 'bias', 'mean', 'variance')
-  return tuple(Member(f'{layer}/{leaf}', -1) for leaf in leaves)
-
-
-def _attention(gate) -> Group:
-  return (
-    *_inputs(f'{gate}/reduce'),
-    Member(f'{gate}/expand/kernel', -1),
-    Member(f'{gate}/expand/bias', -1),
-  )
-
-
-def _trunk_width(model) -> int:
-  """The channels of the narrowest trunk's last stage."""
-  return (model.narrowest.stem, *model.narrowest.stages)[model.gate_stage].width
-
-
-def _slimming_gate(model, width, read) -> Group:
-  """The gate's inputs, if it reads all `width` channels."""
-  if model.slim is None or read < width:
-    return ()
-  layer = 'head' if model.slim.reduce is None else 'reduce'
-  repeats = getattr(model.slim, layer).kernel.shape[0] // width
-  return (Member(f'slim/{layer}/kernel', -2, repeats=repeats),)
