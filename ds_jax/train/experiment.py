@@ -114,6 +114,11 @@ class Experiment:
         "gate.target='correctness' needs gate.target_madds: the mean MAdds that"
         ' a Predictor spends unless it is told another budget.'
       )
+    if not self.supernet.num_epochs and not self.init.checkpoint:
+      raise ValueError(
+        'supernet.num_epochs=0 trains a gate for a network that is there'
+        ' already, and there is none; set init.checkpoint.'
+      )
     validation.check_range('seed', self.seed, low=0)
     validation.check_range('log_every_steps', self.log_every_steps, low=1)
     validation.check_range('eval_every_epochs', self.eval_every_epochs, low=0)

@@ -211,6 +211,7 @@ def test_another_config_is_refused(finished, field, value, message):
     ('gate.part', 'gate', "The gate part of 'idx:.*' is empty: gate_share is"),
     ('gate.target', 'correctness', 'set config.dataset.budget_share'),
     ('supernet.num_epochs', -1.0, 'num_epochs=-1.0: expected at least 0'),
+    ('supernet.num_epochs', 0.0, 'there is none; set init.checkpoint'),
   ],
 )
 def test_a_wrong_config_is_refused(config, tmp_path, field, value, message):
