@@ -2,7 +2,7 @@
 
 A dial turns the mean MAdds that an image may cost into a router's numbers, by
 what the buckets and the gate said of images that no training has seen. Turning
-it compiles nothing.
+it runs no network.
 
 Axes: M images held out, K buckets, C classes, R runs.
 """
