@@ -435,19 +435,36 @@ class BudgetTest(parameterized.TestCase):
     assert (prediction.buckets == 3).all()
 
 
-def test_restores_from_a_run_at_any_stage(tmp_path):
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run that held images out: (config, workdir, results)."""
+  workdir = tmp_path_factory.mktemp('run')
   config = micro.get_config()
-  config.dataset.name = micro.write_images(tmp_path)
+  config.dataset.name = micro.write_images(workdir)
+  config.dataset.budget_share = 0.25
   config.supernet.num_epochs = 1.0
   config.gate.num_epochs = 1.0
   config.calibrate.num_batches = 2
   config.checkpoint.keep_last = 100
-  results = loop.train(config, tmp_path)
-  source = data.load_source(config.dataset.name, 'test')
-  images = np.stack([example['image'] for example in source])
-  labels = np.asarray([example['label'] for example in source])
+  return config, workdir, loop.train(config, workdir)
 
-  predictor = ds_jax.Predictor.restore(tmp_path)
+
+def part_of(config, part):
+  """The images and labels of a part of the data set."""
+  source = data.load_part(
+    experiment.Experiment.from_config(config).dataset, part
+  )
+  examples = [source[i] for i in range(len(source))]
+  return (
+    np.stack([example['image'] for example in examples]),
+    np.asarray([example['label'] for example in examples]),
+  )
+
+
+def test_restores_a_run_as_it_was_evaluated(run):
+  config, workdir, results = run
+  images, labels = part_of(config, 'test')
+  predictor = ds_jax.Predictor.restore(workdir)
   prediction = predictor(images)
   assert (prediction.labels == labels).mean() == results['routed']['top1']
   np.testing.assert_allclose(
@@ -456,35 +473,35 @@ def test_restores_from_a_run_at_any_stage(tmp_path):
   for row in results['subnets']:
     forced = predictor(images, subnet=row['index'])
     assert (forced.labels == labels).mean() == row['top1']
+  for point in results['routers']['cascade, margin']:
+    cascade = predictor.with_budget(madds=point['budget'], router='cascade')
+    prediction = cascade(images)
+    np.testing.assert_allclose(
+      prediction.madds.mean(), point['madds'], rtol=1e-9
+    )
+    assert (prediction.labels == labels).mean() == point['top1']
 
-  early = checkpoint.restore(checkpoint.directory_of(tmp_path), step=5)
+
+def test_restores_a_run_from_before_stage_ii(run, tmp_path):
+  config, workdir, _ = run
+  images, _ = part_of(config, 'test')
+  early = checkpoint.restore(checkpoint.directory_of(workdir), step=3)
   assert early.meta['stage'] == 'supernet'
   with checkpoint.Checkpointer(
     checkpoint.directory_of(tmp_path / 'early')
   ) as saver:
-    saver.save(5, early.tree, early.meta)
+    saver.save(3, early.tree, early.meta)
   predictor = ds_jax.Predictor.restore(tmp_path / 'early')
   assert predictor(images, subnet=0).logits.shape == (40, 3)
   with pytest.raises(ValueError, match='before Stage II'):
     predictor(images)
 
 
-def test_restores_budgets_from_a_run_that_held_images_out(tmp_path):
-  config = micro.get_config()
-  config.dataset.name = micro.write_images(tmp_path)
-  config.dataset.budget_share = 0.25
-  config.supernet.num_epochs = 1.0
-  config.gate.num_epochs = 1.0
-  config.calibrate.num_batches = 2
-  results = loop.train(config, tmp_path)
-
-  def stack(source, field):
-    return np.stack([source[i][field] for i in range(len(source))])
-
-  dataset = experiment.Experiment.from_config(config).dataset
-  held_out, test = (data.load_part(dataset, p) for p in ('budget', 'test'))
-  assert len(held_out) == 20
-  predictor = ds_jax.Predictor.restore(tmp_path)
+def test_budgets_are_kept_on_the_images_held_out(run):
+  config, workdir, _ = run
+  images, _ = part_of(config, 'budget')
+  assert len(images) == 20
+  predictor = ds_jax.Predictor.restore(workdir)
   costs = [
     predictor.model.cost(s, 8).madds for s in predictor.model.routing_space
   ]
@@ -492,25 +509,8 @@ def test_restores_budgets_from_a_run_that_held_images_out(tmp_path):
   step = 2 * np.ptp(costs) / 20
   for madds in (4e3, 0.5 * (costs[0] + costs[-1])):
     cascade = predictor.with_budget(madds=madds, router='cascade')
-    spent = cascade(stack(held_out, 'image')).madds.mean()
+    spent = cascade(images).madds.mean()
     assert abs(spent - madds) <= 0.02 * madds + step
-
-  # The gate as it was evaluated.
-  prediction = predictor(stack(test, 'image'))
-  top1 = (prediction.labels == stack(test, 'label')).mean()
-  assert top1 == results['routed']['top1']
-  np.testing.assert_allclose(
-    prediction.madds.mean(), results['routed']['madds'], rtol=1e-9
-  )
-  # And a cascade.
-  for point in results['routers']['cascade, margin']:
-    cascade = predictor.with_budget(madds=point['budget'], router='cascade')
-    prediction = cascade(stack(test, 'image'))
-    np.testing.assert_allclose(
-      prediction.madds.mean(), point['madds'], rtol=1e-9
-    )
-    top1 = (prediction.labels == stack(test, 'label')).mean()
-    np.testing.assert_allclose(top1, point['top1'], rtol=1e-9)
 
 
 def test_restoring_nothing_says_so(tmp_path):
