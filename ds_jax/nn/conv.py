@@ -219,9 +219,25 @@ def _pad_image(x: jax.Array, kernel_size: int) -> jax.Array:
   return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
 
+def _shifted_image_gradient(
+  x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int
+) -> jax.Array:
+  """The image's gradient, in a form that XLA:CPU can fuse.
+
+  What autodiff makes of it pads each of the k * k terms by itself. Fused with
+  what comes after, that takes four times as long.
+  """
+  if stride == 1:
+    return shifted_depthwise_conv(dy, kernel[::-1, ::-1], stride)
+  _, pull = jax.vjp(lambda x: shifted_depthwise_conv(x, kernel, stride), x)
+  return pull(dy)[0]
+
+
 def _shifted_gradients(x, kernel, dy, stride):
-  _, pull_x = jax.vjp(lambda x: shifted_depthwise_conv(x, kernel, stride), x)
-  return *pull_x(dy), _shifted_kernel_gradient(x, kernel, dy, stride)
+  return (
+    _shifted_image_gradient(x, kernel, dy, stride),
+    _shifted_kernel_gradient(x, kernel, dy, stride),
+  )
 
 
 def _native_gradients(x, kernel, dy, stride):

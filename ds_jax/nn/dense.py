@@ -57,8 +57,32 @@ class SlicedDense(nnx.Module):
         f'Slice {x.shape[-1]} -> {width} does not fit a dense layer of'
         f' {full_in} -> {full_out}.'
       )
-    y = x @ self.kernel[: x.shape[-1], :width].astype(x.dtype)
+    y = matmul(x, self.kernel[: x.shape[-1], :width].astype(x.dtype))
     if self.bias is None:
       return y
     bias = self.bias[:width].astype(x.dtype)
     return y + bias.reshape((1,) * (y.ndim - 1) + (width,))
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`x @ kernel` of (..., I) and (I, O).
+
+  Autodiff takes the kernel's gradient as (O, I) and transposes it, which
+  XLA:CPU turns into a transposed copy of all of dy before the product.
+  """
+  return x @ kernel
+
+
+def _matmul_forward(x, kernel):
+  return matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals, dy):
+  x, kernel = residuals
+  rows = [a.reshape(-1, a.shape[-1]) for a in (x, dy)]
+  dkernel = jax.lax.dot_general(*rows, (((0,), (0,)), ((), ())))
+  return dy @ kernel.T, dkernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
