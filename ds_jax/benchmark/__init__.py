@@ -1,0 +1,1 @@
+"""Measures how fast a model really is on this machine; see `__main__`."""

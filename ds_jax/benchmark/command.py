@@ -1,0 +1,214 @@
+"""The benchmark as a command: runs the sections and writes what they found."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jaxlib
+from absl import logging
+
+from ds_jax import data, models, predict
+from ds_jax.benchmark import (
+  inference,
+  onnxruntime,
+  output,
+  routers,
+  start_up,
+  timing,
+  training,
+)
+
+SECTIONS = ('sub-networks', 'dispatch', 'training', 'start-up', 'routers')
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to measure.
+
+  Attributes:
+    model: a name of `ds_jax.list_models()`, with random weights; or
+    workdir: a run, to its end.
+    num_classes: of a model by name.
+    image_size: in pixels; None means the model's own.
+    batch_sizes: of inference.
+    train_batch_size: of training steps.
+    sections: some of `SECTIONS`.
+    seconds: for which each section and batch size is timed.
+    num_images: test images that a run's routers are timed on.
+    compare: None, or `onnxruntime`.
+    json: a file to write, too; the plot lies beside it.
+  """
+
+  model: str | None = None
+  workdir: str | None = None
+  num_classes: int = 1000
+  image_size: int | None = None
+  batch_sizes: Sequence[int] = (1, 8, 64)
+  train_batch_size: int = 16
+  sections: Sequence[str] = SECTIONS
+  seconds: float = 20.0
+  num_images: int = 256
+  compare: str | None = None
+  json: str | None = None
+
+
+def run(options: Options) -> dict[str, Any]:
+  """Measures, prints the table, writes the file, and returns what is in it."""
+  predictor, subject = _subject(options)
+  model = subject.model
+  rows: list[timing.Row] = []
+  results: dict[str, Any] = {'ratios': {}, 'lists': {}}
+  ratios, lists = results['ratios'], results['lists']
+
+  def measure(ways):
+    if not ways:
+      return []
+    logging.info('%s, batch %d ...', ways[0].section, ways[0].batch_size)
+    new = timing.time_in_turn(ways, options.seconds)
+    rows.extend(new)
+    return new
+
+  (matmul,) = measure(training.matmul_ways(model.dtype))
+  rate = matmul.madds_per_second
+  if 'sub-networks' in options.sections:
+    new = []
+    for batch_size in options.batch_sizes:
+      new += measure(inference.subnet_ways(subject, [batch_size]))
+    found, lists['sub-networks'] = inference.subnet_ratios(subject, new, rate)
+    ratios.update(found)
+  if 'dispatch' in options.sections:
+    largest = max(options.batch_sizes)
+    new = measure(inference.dispatch_ways(subject, largest))
+    ratios.update(inference.dispatch_ratios(new))
+    used = inference.memory(subject, largest)
+    lists['memory_bytes'] = used
+    ratios['routed_over_widest_memory'] = (
+      used['routed'] / used['dearest bucket']
+    )
+    depthwise = measure(inference.depthwise_ways(subject))
+    if depthwise and jax.default_backend() == 'cpu':
+      ratios.update(inference.depthwise_ratios(depthwise))
+  if 'training' in options.sections:
+    new = measure(
+      training.training_ways(
+        model, subject.image_size, options.train_batch_size
+      )
+    )
+    ratios.update(training.training_ratios(new))
+    measure(training.pipeline_ways(_dataset(options, subject.image_size)))
+  if 'start-up' in options.sections and options.model:
+    seconds = start_up.measure(
+      options.model, options.num_classes, subject.image_size, 1
+    )
+    lists['start_up_seconds'] = seconds
+    ratios['warm_over_cold_start'] = seconds['warm'] / seconds['cold']
+  if 'routers' in options.sections and predictor:
+    images = routers.test_images(options.workdir, options.num_images)
+    for batch_size in options.batch_sizes:
+      measure(routers.router_ways(predictor, images, batch_size))
+  if options.compare == 'onnxruntime':
+    dearest = subject.num_buckets - 1
+    new, found = onnxruntime.compare(
+      subject,
+      sorted({0, dearest // 2 + dearest % 2, dearest}),
+      options.batch_sizes,
+      options.seconds / 10,
+    )
+    rows.extend(new)
+    ratios['onnxruntime_over_ours'] = found['direct']
+    lists['onnxruntime_over_ours'] = found
+
+  about = _about(options, subject)
+  print(', '.join(f'{name} {value}' for name, value in about.items()))
+  print(output.table(rows, rate))
+  print()
+  print(json.dumps(results, indent=2))
+  if options.json:
+    path = pathlib.Path(options.json)
+    output.write(path, about, rows, results)
+    try:
+      output.plot(rows, path.with_suffix('.png'))
+    except ImportError:
+      logging.info("No plot without matplotlib: pip install -e '.[plot]'.")
+  return results
+
+
+def _subject(options):
+  """Returns the run's predictor, if it is one, and what is measured."""
+  if options.workdir:
+    predictor = predict.Predictor.restore(options.workdir)
+    size = options.image_size or predictor.image_size
+    return predictor, inference.Subject(predictor.model, size)
+  size = options.image_size or models.image_size(options.model)
+  model = models.create_model(
+    options.model,
+    options.num_classes,
+    **models.size_options(options.model, size),
+  )
+  return None, inference.Subject(model, size)
+
+
+def _dataset(options, image_size):
+  if options.workdir:
+    return routers.dataset_of(options.workdir)
+  # The one that is always there, resized.
+  return data.DataConfig(name='digits', image_size=image_size, batch_size=64)
+
+
+def _about(options, subject):
+  device = jax.devices()[0]
+  return {
+    'model': options.model or options.workdir,
+    'image_size': subject.image_size,
+    'dtype': subject.model.dtype,
+    'device': f'{device.platform}: {device.device_kind}',
+    'cores': len(os.sched_getaffinity(0)),
+    'jax': jax.__version__,
+    'jaxlib': jaxlib.__version__,
+    'python': platform.python_version(),
+  }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Parses the command line and runs."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  defaults = Options()
+  parser = argparse.ArgumentParser(prog='python -m ds_jax.benchmark')
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument('--model', choices=models.list_models())
+  what.add_argument('--workdir', help='a run of ds_jax.main, to its end')
+  parser.add_argument('--num_classes', type=int, default=1000)
+  parser.add_argument('--image_size', type=int, help='pixels a side')
+  parser.add_argument(
+    '--batch_sizes', type=_numbers, default=defaults.batch_sizes
+  )
+  parser.add_argument('--train_batch_size', type=int, default=16)
+  parser.add_argument('--sections', type=_sections, default=SECTIONS)
+  parser.add_argument(
+    '--seconds', type=float, default=defaults.seconds, help='for each section'
+  )
+  parser.add_argument('--num_images', type=int, default=defaults.num_images)
+  parser.add_argument('--compare', choices=['onnxruntime'])
+  parser.add_argument('--json', help='also writes a file, and a plot beside it')
+  run(Options(**vars(parser.parse_args(argv))))
+
+
+def _numbers(text):
+  return tuple(int(number) for number in text.split(','))
+
+
+def _sections(text):
+  chosen = tuple(text.split(','))
+  unknown = sorted(set(chosen) - set(SECTIONS))
+  if unknown:
+    raise argparse.ArgumentTypeError(
+      f'{unknown[0]!r} is not one of {", ".join(SECTIONS)}'
+    )
+  return chosen

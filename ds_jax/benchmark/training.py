@@ -1,0 +1,134 @@
+"""Times training steps, their parts, and the input pipeline."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ds_jax import data, models
+from ds_jax import mesh as mesh_lib
+from ds_jax.benchmark import timing
+from ds_jax.train import gate, optimizer, supernet
+
+_MATMUL_SIZE = 2048
+_MANY_STEPS = 10**6
+
+
+def matmul_ways(dtype: str) -> list[timing.Way]:
+  """The machine's own rate, that all others are a share of."""
+  a = jnp.ones((_MATMUL_SIZE, _MATMUL_SIZE), dtype)
+  product = jax.jit(jnp.matmul)
+  call = functools.partial(product, a, a)
+  return [timing.Way('matmul', f'{_MATMUL_SIZE}', 1, _MATMUL_SIZE**3, call)]
+
+
+def training_ways(model, image_size: int, batch_size: int) -> list[timing.Way]:
+  """The widest network, forward and with its gradient; steps of both stages."""
+  variables = models.variables_of(model)
+  architecture = models.Architecture(model)
+  batch = _batch(image_size, batch_size)
+  images = jax.jit(_normalize)(batch['images'])
+  widest = model.cost(model.widest, image_size).madds
+
+  def loss(params, batch_stats, images):
+    bound = architecture.bind(models.Variables(params, batch_stats))
+    logits = bound(images, model.widest, momentum=0.1)
+    return (logits**2).mean(), models.variables_of(bound).batch_stats
+
+  def forward(variables, images):
+    return architecture.bind(variables)(images, model.widest)
+
+  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  arguments = (variables.params, variables.batch_stats, images)
+  forward = functools.partial(jax.jit(forward), variables, images)
+  first, stage_madds = _supernet_step(model, image_size, batch)
+  programs = {
+    'widest, forward': (forward, widest),
+    'widest, gradient': (functools.partial(gradient, *arguments), 3 * widest),
+    'Stage I step': (first, stage_madds),
+    'Stage II step': (_gate_step(model, image_size, batch), 0),
+  }
+  return [
+    timing.Way('training', name, batch_size, madds, call)
+    for name, (call, madds) in programs.items()
+  ]
+
+
+def training_ratios(rows: Sequence[timing.Row]) -> dict[str, float]:
+  """Returns the gradient's time over the forward pass's."""
+  (ratio,) = timing.ratio(rows, 'widest, gradient', 'widest, forward').values()
+  return {'gradient_over_forward': ratio}
+
+
+def pipeline_ways(config: data.DataConfig) -> list[timing.Way]:
+  """Training batches, read and augmented, and nothing else."""
+  batches = data.train_batches(config, seed=0)
+  name = f'{config.name.partition(":")[0]}, {config.image_size} pixels'
+
+  def call():
+    return next(batches)['labels']
+
+  return [timing.Way('input pipeline', name, config.batch_size, 0, call)]
+
+
+def _supernet_step(model, image_size, batch):
+  options = supernet.SupernetConfig(
+    num_epochs=1,
+    optimizer=_OPTIMIZER,
+    num_random=min(2, len(model.routing_space) - 2),
+  )
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
+  stage = supernet.Supernet(
+    options, model, _normalize, num_steps=_MANY_STEPS,
+    steps_per_epoch=_MANY_STEPS, seed=0, mesh=mesh,
+  )  # fmt: skip
+  state = [stage.init(_copy(models.variables_of(model)))]
+
+  def step():
+    # The same draw every time, so that everything is compiled once.
+    state[0], metrics = stage.step(state[0], batch, 0)
+    return metrics
+
+  students = [model.widest, *stage.draw(0), model.narrowest]
+  madds = [model.cost(s, image_size).madds for s in students]
+  # The teacher is the widest network, forward.
+  return step, madds[0] + 3 * sum(madds)
+
+
+def _gate_step(model, image_size, batch):
+  mesh = mesh_lib.make_mesh(jax.devices()[:1])
+  stage = gate.Gate(
+    gate.GateConfig(num_epochs=1, optimizer=_OPTIMIZER), model, _normalize,
+    image_size=image_size, num_steps=_MANY_STEPS,
+    steps_per_epoch=_MANY_STEPS, seed=0, mesh=mesh,
+  )  # fmt: skip
+  state = [stage.init(_copy(models.variables_of(model)))]
+
+  def step():
+    state[0], metrics = stage.step(state[0], batch, 0)
+    return metrics
+
+  return step
+
+
+_OPTIMIZER = optimizer.OptimizerConfig(name='sgd', learning_rate=1e-3)
+
+
+def _normalize(images):
+  return data.normalize(images, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def _copy(tree):
+  # Steps donate what they are given.
+  return jax.tree.map(jnp.copy, tree)
+
+
+def _batch(image_size, batch_size):
+  rng = np.random.default_rng(0)
+  shape = (batch_size, image_size, image_size, 3)
+  return {
+    'images': rng.integers(0, 256, shape).astype(np.uint8),
+    'labels': rng.integers(0, 3, batch_size).astype(np.int32),
+  }
