@@ -1,4 +1,4 @@
-"""Trains, resumes and evaluates.
+"""Trains, resumes, evaluates and measures.
 
     python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 
@@ -7,12 +7,14 @@ file is changed with a flag like `--config.gate.num_epochs=5`.
 """
 
 import logging as python_logging
+import pathlib
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ds_jax import checkpoint, data
+from ds_jax import checkpoint, data, host
+from ds_jax.benchmark import command
 from ds_jax.train import experiment, loop
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -21,7 +23,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where checkpoints, metrics and results go.'
 )
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'evaluate'], 'What to do.')
+_MODE = flags.DEFINE_enum(
+  'mode', 'train', ['train', 'evaluate', 'benchmark'], 'What to do.'
+)
 
 # Mistakes whose message says it all. Anything else keeps its traceback.
 _PLAIN_ERRORS = (
@@ -37,13 +41,25 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments {argv[1:]}.')
   logging.get_absl_handler().addFilter(_is_our_own)
-  modes = {'train': loop.train, 'evaluate': loop.evaluate_only}
+  host.keep_freed_memory()
+  modes = {
+    'train': loop.train,
+    'evaluate': loop.evaluate_only,
+    'benchmark': _benchmark,
+  }
   try:
     modes[_MODE.value](_CONFIG.value, _WORKDIR.value)
   except loop.Preempted as preempted:
     logging.info('%s', preempted)
   except _PLAIN_ERRORS as error:
     sys.exit(f'{type(error).__name__}: {error}')
+
+
+def _benchmark(config, workdir):
+  """Times the finished run, and writes `benchmark.json` in its workdir."""
+  del config
+  path = pathlib.Path(workdir) / 'benchmark.json'
+  command.run(command.Options(workdir=workdir, json=str(path)))
 
 
 def _is_our_own(record: python_logging.LogRecord) -> bool:

@@ -13,7 +13,7 @@ import jax
 import jaxlib
 from absl import logging
 
-from ds_jax import data, models, predict
+from ds_jax import checkpoint, data, host, models, predict
 from ds_jax.benchmark import (
   inference,
   onnxruntime,
@@ -35,7 +35,7 @@ class Options:
     model: a name of `ds_jax.list_models()`, with random weights; or
     workdir: a run, to its end.
     num_classes: of a model by name.
-    image_size: in pixels; None means the model's own.
+    image_size: of a model by name, in pixels; None means the model's own.
     batch_sizes: of inference.
     train_batch_size: of training steps.
     sections: some of `SECTIONS`.
@@ -60,8 +60,13 @@ class Options:
 
 def run(options: Options) -> dict[str, Any]:
   """Measures, prints the table, writes the file, and returns what is in it."""
-  predictor, subject = _subject(options)
-  model = subject.model
+  config, image_size = _what(options)
+  if options.workdir:
+    predictor = predict.Predictor.restore(options.workdir)
+    model = predictor.model
+  else:
+    predictor, model = None, models.create_model(**config)
+  subject = inference.Subject(model, image_size)
   rows: list[timing.Row] = []
   results: dict[str, Any] = {'ratios': {}, 'lists': {}}
   ratios, lists = results['ratios'], results['lists']
@@ -96,16 +101,12 @@ def run(options: Options) -> dict[str, Any]:
       ratios.update(inference.depthwise_ratios(depthwise))
   if 'training' in options.sections:
     new = measure(
-      training.training_ways(
-        model, subject.image_size, options.train_batch_size
-      )
+      training.training_ways(model, image_size, options.train_batch_size)
     )
     ratios.update(training.training_ratios(new))
-    measure(training.pipeline_ways(_dataset(options, subject.image_size)))
-  if 'start-up' in options.sections and options.model:
-    seconds = start_up.measure(
-      options.model, options.num_classes, subject.image_size, 1
-    )
+    measure(training.pipeline_ways(_dataset(options, image_size)))
+  if 'start-up' in options.sections:
+    seconds = start_up.measure(config, image_size)
     lists['start_up_seconds'] = seconds
     ratios['warm_over_cold_start'] = seconds['warm'] / seconds['cold']
   if 'routers' in options.sections and predictor:
@@ -139,19 +140,18 @@ def run(options: Options) -> dict[str, Any]:
   return results
 
 
-def _subject(options):
-  """Returns the run's predictor, if it is one, and what is measured."""
+def _what(options) -> tuple[dict[str, Any], int]:
+  """Returns the arguments of `create_model`, and the images' size."""
   if options.workdir:
-    predictor = predict.Predictor.restore(options.workdir)
-    size = options.image_size or predictor.image_size
-    return predictor, inference.Subject(predictor.model, size)
+    meta = checkpoint.restore(checkpoint.directory_of(options.workdir)).meta
+    return meta['model'], meta['image_size']
   size = options.image_size or models.image_size(options.model)
-  model = models.create_model(
-    options.model,
-    options.num_classes,
-    **models.size_options(options.model, size),
-  )
-  return None, inference.Subject(model, size)
+  sized = models.size_options(options.model, size)
+  return {
+    'name': options.model,
+    'num_classes': options.num_classes,
+    **sized,
+  }, size
 
 
 def _dataset(options, image_size):
@@ -179,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Parses the command line and runs."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
+  host.keep_freed_memory()
   defaults = Options()
   parser = argparse.ArgumentParser(prog='python -m ds_jax.benchmark')
   what = parser.add_mutually_exclusive_group(required=True)

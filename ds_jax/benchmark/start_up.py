@@ -1,15 +1,19 @@
 """Times the first call of a fresh process, without and with a warm cache.
 
-    python -m ds_jax.benchmark.start_up MODEL NUM_CLASSES IMAGE_SIZE BATCH_SIZE
+    python -m ds_jax.benchmark.start_up MODEL IMAGE_SIZE
 
-makes a Predictor, classifies a batch and prints the seconds that both took.
+MODEL being JSON for `create_model`, makes a Predictor, classifies an image and
+prints the seconds that both took.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +21,15 @@ import numpy as np
 from ds_jax import models, predict
 
 
-def measure(
-  name: str, num_classes: int, image_size: int, batch_size: int
-) -> dict[str, float]:
-  """Returns seconds to the first answer, `cold` and `warm`."""
-  arguments = [name, num_classes, image_size, batch_size]
-  command = [sys.executable, '-m', __name__, *map(str, arguments)]
+def measure(model: Mapping[str, Any], image_size: int) -> dict[str, float]:
+  """Returns seconds to the first answer, `cold` and `warm`.
+
+  Args:
+    model: arguments of `create_model`; JSON.
+    image_size: in pixels.
+  """
+  arguments = [json.dumps(model), str(image_size)]
+  command = [sys.executable, '-m', __name__, *arguments]
   with tempfile.TemporaryDirectory() as cache:
     environment = {
       **os.environ,
@@ -40,18 +47,16 @@ def measure(
     return {'cold': run(), 'warm': run()}
 
 
-def _main(name, num_classes, image_size, batch_size) -> None:
-  image_size, batch_size = int(image_size), int(batch_size)
-  model = models.create_model(
-    name, int(num_classes), **models.size_options(name, image_size)
-  )
+def _main(model, image_size) -> None:
+  image_size = int(image_size)
+  model = models.create_model(**json.loads(model))
   jax.block_until_ready(models.variables_of(model))
-  images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+  image = np.zeros((1, image_size, image_size, 3), np.uint8)
   start = time.perf_counter()
   predictor = predict.Predictor(
     model, image_size=image_size, mean=(0.5,) * 3, std=(0.25,) * 3
   )
-  predictor(images)
+  predictor(image)
   print(time.perf_counter() - start)
 
 

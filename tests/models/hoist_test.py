@@ -1,0 +1,76 @@
+"""A function cut in two gives what the whole one does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import micro
+from ds_jax import models
+from ds_jax.models import hoist
+
+
+def test_what_needs_the_weights_alone_is_computed_once():
+  def function(weights, x):
+    scale = jnp.exp(weights['a'][:2]) * 2
+    return x @ weights['b'] * scale + weights['c'][0]
+
+  rng = np.random.default_rng(0)
+  weights = {
+    'a': rng.normal(size=5),
+    'b': rng.normal(size=(3, 2)),
+    'c': rng.normal(size=4),
+  }
+  x = jax.ShapeDtypeStruct((3,), jnp.float32)
+  split = hoist.split(function, weights, x)
+  prepared = jax.jit(split.prepare)(weights)
+  # What is used as it is stays as it is; the rest has become two.
+  assert sorted(np.size(array) for array in prepared) == [1, 2, 6]
+  rest = jax.make_jaxpr(split.run)(prepared, x)
+  names = {equation.primitive.name for equation in rest.eqns}
+  assert 'exp' not in names and 'dot_general' in names
+  x = rng.normal(size=3).astype(np.float32)
+  expected = x @ weights['b'] * np.exp(weights['a'][:2]) * 2 + weights['c'][0]
+  np.testing.assert_allclose(split.run(prepared, x), expected, rtol=1e-5)
+
+
+def test_prepared_weights_serve_every_batch_size():
+  model = models.create_model(**micro.MODEL)
+  architecture = models.Architecture(model)
+  variables = models.variables_of(model)
+  subnet = model.routing_space[1]
+
+  def run(variables, x):
+    return architecture.bind(variables)(x, subnet)
+
+  one = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+  prepared = jax.jit(hoist.split(run, variables, one).prepare)(variables)
+  x = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
+  logits = jax.jit(hoist.split(run, variables, x).run)(prepared, x)
+  expected = jax.jit(run)(variables, x)
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'name', ['ds_mobilenet_pp', 'ds_resnet50', 'ds_vit_s16']
+)
+def test_no_slice_of_a_weight_is_left(name):
+  model = models.create_abstract_model(name, dtype='bfloat16')
+  architecture = models.Architecture(model)
+  variables = jax.eval_shape(lambda: models.variables_of(model))
+  x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+
+  def run(variables, x):
+    return architecture.bind(variables)(x, model.narrowest)
+
+  split = hoist.split(run, variables, x)
+  prepared = jax.eval_shape(split.prepare, variables)
+  narrow = model.cost(model.narrowest, 224).params
+  size = sum(array.size for array in prepared)
+  # Parameters and, of batch norms, scale and shift for mean and variance.
+  assert narrow <= size <= 1.02 * narrow
+  rest = jax.make_jaxpr(split.run)(prepared, x).jaxpr
+  arguments = set(rest.invars[: len(prepared)])
+  for equation in rest.eqns:
+    if equation.primitive.name in ('slice', 'convert_element_type'):
+      assert not arguments & set(equation.invars)
