@@ -66,7 +66,7 @@ class Checkpointer:
 
     if keep_last < 1:
       raise ValueError(f'keep_last={keep_last}: resuming needs at least 1.')
-    self._directory = _absolute(directory)
+    self._directory = absolute(directory)
     self._metric = metric
     self._retention = _Retention(
       keep_last, keep_best, _saved_scores(self._directory, metric)
@@ -161,12 +161,12 @@ def directory_of(workdir: str) -> str:
 
 def has_steps(directory: str) -> bool:
   """Whether anything was saved there, whole or not."""
-  return bool(_steps(_absolute(directory)))
+  return bool(_steps(absolute(directory)))
 
 
 def is_workdir(path: str) -> bool:
   """Whether a path is the workdir of a run or a conversion."""
-  return _absolute(directory_of(path)).is_dir()
+  return absolute(directory_of(path)).is_dir()
 
 
 def restore(directory: str, step: int | None = None) -> Restored:
@@ -179,7 +179,7 @@ def restore(directory: str, step: int | None = None) -> Restored:
   Raises:
     CheckpointError: if there is no such directory or step, or it is damaged.
   """
-  root = _absolute(directory)
+  root = absolute(directory)
   steps = _steps(root)
   if not steps:
     found = 'no folder named by a step' if root.is_dir() else 'no directory'
@@ -217,7 +217,8 @@ class _Retention:
     return [info.step in kept for info in checkpoints]
 
 
-def _absolute(directory: str) -> epath.Path:
+def absolute(directory: str) -> epath.Path:
+  """Returns a path that does not depend on the working directory."""
   path = epath.Path(directory)
   # Resolving would turn gs://bucket into a local folder.
   return path if '://' in str(directory) else path.expanduser().resolve()

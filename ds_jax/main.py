@@ -10,6 +10,7 @@ import logging as python_logging
 import pathlib
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -42,6 +43,7 @@ def main(argv):
     raise app.UsageError(f'Unexpected arguments {argv[1:]}.')
   logging.get_absl_handler().addFilter(_is_our_own)
   host.keep_freed_memory()
+  _cache_programs(_WORKDIR.value)
   modes = {
     'train': loop.train,
     'evaluate': loop.evaluate_only,
@@ -53,6 +55,13 @@ def main(argv):
     logging.info('%s', preempted)
   except _PLAIN_ERRORS as error:
     sys.exit(f'{type(error).__name__}: {error}')
+
+
+def _cache_programs(workdir):
+  """Keeps compiled programs in the workdir, so that resuming starts fast."""
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = checkpoint.absolute(workdir) / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 def _benchmark(config, workdir):

@@ -97,6 +97,20 @@ class PredictorTest(parameterized.TestCase):
       predictor(self.images[:batch_size])
     assert predictor._route._cache_size() == 2
 
+  def test_shared_weights_give_the_same(self):
+    shared = predict.Predictor(
+      self.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3, presliced=False
+    )
+    ours, theirs = self.predictor(self.images), shared(self.images)
+    np.testing.assert_array_equal(ours.buckets, theirs.buckets)
+    np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+      self.predictor(self.images, subnet=1).logits,
+      shared(self.images, subnet=1).logits,
+      rtol=1e-4,
+      atol=1e-5,
+    )
+
   def test_another_size_is_resized_as_in_evaluation(self):
     large = np.random.default_rng(0).integers(0, 256, (2, 20, 16, 3))
     large = large.astype(np.uint8)

@@ -61,9 +61,10 @@ class _Command:
   def __init__(self, images, workdir, cache, *arguments):
     environment = {
       **os.environ,
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
+    if cache:
+      environment['JAX_COMPILATION_CACHE_DIR'] = str(cache)
     self.workdir = workdir
     self.process = subprocess.Popen(
       [
@@ -128,7 +129,7 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
 
 
 def test_sigterm_saves_and_exits_cleanly(images, tmp_path):
-  command = _Command(images, tmp_path / 'run', tmp_path / 'cache')
+  command = _Command(images, tmp_path / 'run', cache=None)
   command.wait_for('supernet', 3)
   command.process.send_signal(signal.SIGTERM)
   code, output = command.finish()
@@ -136,6 +137,8 @@ def test_sigterm_saves_and_exits_cleanly(images, tmp_path):
   assert 'SIGTERM: saved supernet at step' in output
   restored = checkpoint.restore(checkpoint.directory_of(tmp_path / 'run'))
   assert restored.step == _rows(tmp_path / 'run')[-1]['step']
+  # For the resumed run, which so need not compile again.
+  assert list((tmp_path / 'run' / 'compiled').glob('*'))
 
 
 def test_a_finished_run_is_only_evaluated_again(finished):
