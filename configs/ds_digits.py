@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     crop='pad',
     crop_padding=2,
     flip=False,
-    budget_share=0.25,  # held out of training, to set budgets on
+    budget_share=0.35,  # held out of training, to set budgets on
     num_threads=1,
   )
   config.supernet = dict(
