@@ -291,6 +291,7 @@ class _Parts:
     self._architecture = models.Architecture(model)
     self._variables = jax.eval_shape(lambda: models.variables_of(model))
     self._normalize = normalize
+    self._splits: dict[Any, hoist.Split] = {}
     self.branches = {str(s.index): s for s in model.routing_space}
 
   def prepare(self, variables: models.Variables, image_size: int):
@@ -320,15 +321,23 @@ class _Parts:
     return model(self._normalize(images), subnet)
 
   def _split(self, part, x):
-    return hoist.split(functools.partial(self._run, part), self._variables, x)
+    # Kept, since tracing is most of a start with compiled programs at hand.
+    key = part, x.shape, x.dtype
+    if key not in self._splits:
+      run = functools.partial(self._run, part)
+      self._splits[key] = hoist.split(run, self._variables, x)
+    return self._splits[key]
 
   def _run(self, part, variables, x):
     model = self._architecture.bind(variables)
-    if part == 'trunk':
-      return model.trunk(self._normalize(x))
-    if part == 'gate':
-      return model.gate_logits(x)
-    return model.branch(x, self.branches[part])
+    with jax.named_scope(
+      part if part in ('trunk', 'gate') else f'bucket_{part}'
+    ):
+      if part == 'trunk':
+        return model.trunk(self._normalize(x))
+      if part == 'gate':
+        return model.gate_logits(x)
+      return model.branch(x, self.branches[part])
 
 
 def _route(parts, weights, router, images):

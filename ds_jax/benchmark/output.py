@@ -79,16 +79,19 @@ def write(
 def plot(rows: Sequence[timing.Row], path: pathlib.Path) -> None:
   """Draws an image's time against its MAdds, a line for each batch size.
 
+  Nothing, where sub-networks were not measured.
+
   Raises:
     ImportError: without matplotlib.
   """
   # Imported here: an option.
   from matplotlib import figure
 
+  chosen = [row for row in rows if row.name.endswith(', own weights')]
+  if not chosen:
+    return
   canvas = figure.Figure(figsize=(7, 4.5), layout='constrained')
   axes = canvas.subplots()
-  form = ', own weights'
-  chosen = [row for row in rows if row.name.endswith(form)]
   for batch_size in dict.fromkeys(row.batch_size for row in chosen):
     points = [row for row in chosen if row.batch_size == batch_size]
     axes.plot(
