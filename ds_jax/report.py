@@ -107,7 +107,7 @@ def plot(results: evaluate.Results, path: pathlib.Path) -> None:
   from matplotlib import figure
 
   dearest = _dearest(results)
-  canvas = figure.Figure(figsize=(7, 4.5), layout='constrained')
+  canvas = figure.Figure(figsize=(8, 4), layout='constrained')
   axes = canvas.subplots()
   num_buckets = len(results['routed']['shares'])
   buckets = results['subnets'][:num_buckets]
@@ -134,5 +134,5 @@ def plot(results: evaluate.Results, path: pathlib.Path) -> None:
   )
   axes.set_xlabel("mean MAdds, as a share of the dearest bucket's")
   axes.set_ylabel('top-1, %')
-  axes.legend()
+  canvas.legend(loc='outside right upper')
   canvas.savefig(path, dpi=120)
