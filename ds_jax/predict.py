@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ds_jax import checkpoint, data, models, routing, validation
@@ -42,6 +43,8 @@ class Predictor:
     model: the network, weights included.
     image_size: what images are resized to.
     router: which buckets run for an image; see `with_budget`.
+    parts: the network, for those who route by themselves.
+    weights: what `parts` runs on.
   """
 
   def __init__(
@@ -84,17 +87,17 @@ class Predictor:
     self._sub_networks = models.sub_networks(model)
     self._costs = routing.BucketCosts.of_model(model, image_size)
     self.router = routing.gate_at_target(held_out, self._costs, **self._gate)
-    self._parts = _Parts(
+    self.parts = Parts(
       model, functools.partial(data.normalize, mean=mean, std=std)
     )
-    self._weights = (
-      self._parts.prepare(self._variables, image_size)
+    self.weights = (
+      self.parts.prepare(self._variables, image_size)
       if presliced
       else self._variables
     )
-    self._route = jax.jit(functools.partial(_route, self._parts))
+    self._route = jax.jit(functools.partial(_route, self.parts))
     self._run = jax.jit(
-      functools.partial(_run, self._parts), static_argnames='subnet'
+      functools.partial(_run, self.parts), static_argnames='subnet'
     )
 
   @classmethod
@@ -225,11 +228,11 @@ class Predictor:
       router, to `routing.Routed`.
     """
     if subnet is None:
-      return functools.partial(self._route, self._weights, self.router)
+      return functools.partial(self._route, self.weights, self.router)
     chosen = self._sub_network(subnet)
     # The widest network, where it is no bucket, has no slices.
     is_bucket = chosen in self.model.routing_space
-    weights = self._weights if is_bucket else self._variables
+    weights = self.weights if is_bucket else self._variables
     return functools.partial(self._run, weights, subnet=chosen)
 
   def _run_one(self, images, subnet) -> Prediction:
@@ -281,7 +284,7 @@ class Predictor:
     return self._sub_networks[index]
 
 
-class _Parts:
+class Parts:
   """Trunk, gate and branches by name, each a function of weights and an input.
 
   The weights are the network's own, or what `prepare` made of them.
@@ -311,14 +314,18 @@ class _Parts:
 
   def __call__(self, part: str, weights, x: jax.Array) -> jax.Array:
     """Runs a part on weights of either kind."""
-    if isinstance(weights, models.Variables):
-      return self._run(part, weights, x)
-    return self._split(part, x).run(weights[part], x)
+
+    def run(x):
+      if isinstance(weights, models.Variables):
+        return self._run(part, weights, x)
+      return self._split(part, x).run(weights[part], x)
+
+    return run(x) if part == 'gate' else _in_chunks(run, x)
 
   def whole(self, variables, images, subnet: models.Subnet) -> jax.Array:
     """Runs a sub-network, trunk included, on the network's own weights."""
     model = self._architecture.bind(variables)
-    return model(self._normalize(images), subnet)
+    return _in_chunks(lambda x: model(self._normalize(x), subnet), images)
 
   def _split(self, part, x):
     # Kept, since tracing is most of a start with compiled programs at hand.
@@ -338,6 +345,24 @@ class _Parts:
       if part == 'gate':
         return model.gate_logits(x)
       return model.branch(x, self.branches[part])
+
+
+# A larger batch's activations leave the caches of a CPU's cores: DS-MobileNet
+# at 224 pixels takes 1.7 times as long for each of 64 images as for each of 8.
+_CPU_CHUNK = 8
+
+
+def _in_chunks(run, x):
+  """Runs (N, ...) a few images at a time where that is faster."""
+  size, rest = _CPU_CHUNK, len(x) % _CPU_CHUNK
+  if jax.default_backend() != 'cpu' or len(x) <= size:
+    return run(x)
+  whole = x[: len(x) - rest].reshape(-1, size, *x.shape[1:])
+  results = jax.lax.map(run, whole)
+  results = results.reshape(-1, *results.shape[2:])
+  if not rest:
+    return results
+  return jnp.concatenate([results, run(x[len(x) - rest :])])
 
 
 def _route(parts, weights, router, images):

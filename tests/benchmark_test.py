@@ -59,7 +59,8 @@ def row(name, seconds, madds=0, batch_size=1, reference=None, num_batches=1):
   )
 
 
-def test_ways_are_timed_in_turn():
+def test_ways_are_timed_in_turn(monkeypatch):
+  monkeypatch.setattr(timing, '_TURN', 0)
   calls = []
   ways = [way(name, lambda name=name: calls.append(name)) for name in 'ab']
   rows = timing.time_in_turn(ways, seconds=0)

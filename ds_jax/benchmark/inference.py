@@ -124,8 +124,7 @@ def subnet_ratios(
 def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
   """Ways to run branches, on features, for buckets of the given shares."""
   model, size = subject.model, subject.image_size
-  architecture = models.Architecture(model)
-  variables = models.variables_of(model)
+  parts, weights = subject.own.parts, subject.own.weights
   chosen = _spread_out(subject.num_buckets, len(SHARES))
   counts = _counts(batch_size, SHARES[: len(chosen)])
   grouped = np.repeat(np.arange(len(chosen)), counts)
@@ -136,47 +135,37 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
   mean = float(np.dot(counts, cost)) / batch_size
   images = subject.images(batch_size)
 
-  def branches_of(variables):
-    bound = architecture.bind(variables)
-    return [
-      functools.partial(bound.branch, subnet=model.routing_space[b])
-      for b in chosen
-    ]
+  def branches_of(weights):
+    return [functools.partial(parts, str(b), weights) for b in chosen]
 
-  def trunk(variables, images):
-    return architecture.bind(variables).trunk(images.astype(jnp.float32) / 255)
+  def tiled(weights, features, buckets):
+    return routing.dispatch_images(buckets, branches_of(weights), features)
 
-  def gate(variables, features):
-    return architecture.bind(variables).gate_logits(features)
-
-  def tiled(variables, features, buckets):
-    return routing.dispatch_images(buckets, branches_of(variables), features)
-
-  def oracle(variables, features):
+  def oracle(weights, features):
     ends = np.cumsum(counts)
     return jnp.concatenate(
       [
         branch(features[end - count : end])
         for branch, count, end in zip(
-          branches_of(variables), counts, ends, strict=True
+          branches_of(weights), counts, ends, strict=True
         )
         if count
       ]
     )
 
-  def widest(variables, features):
-    return branches_of(variables)[-1](features)
+  def widest(weights, features):
+    return branches_of(weights)[-1](features)
 
-  def vmapped(variables, features, buckets):
-    branches = branches_of(variables)
+  def vmapped(weights, features, buckets):
+    branches = branches_of(weights)
 
     def run(bucket, x):
       return jax.lax.switch(bucket, branches, x[None])[0]
 
     return jax.vmap(run)(buckets, features)
 
-  def overhead(variables, features, buckets):
-    branch = jax.eval_shape(branches_of(variables)[0], features)
+  def overhead(weights, features, buckets):
+    branch = jax.eval_shape(branches_of(weights)[0], features)
     # Reads every feature, and computes next to nothing.
     trivial = [
       lambda x: jnp.broadcast_to(
@@ -186,11 +175,12 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
     ] * len(chosen)
     return routing.dispatch_images(buckets, trivial, features)
 
-  features = jax.jit(trunk)(variables, images)
+  trunk = functools.partial(parts, 'trunk')
+  features = jax.jit(trunk)(weights, images)
   trunk_madds = model.cost_in_parts(model.narrowest, size)[0].madds
   programs = {
     'trunk': (trunk, (images,), trunk_madds),
-    'gate': (gate, (features,), 0),
+    'gate': (functools.partial(parts, 'gate'), (features,), 0),
     'dispatch alone': (overhead, (features, buckets), 0),
     'tiled': (tiled, (features, buckets), mean),
     'oracle, grouped': (oracle, (features,), mean),
@@ -203,7 +193,7 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
       name,
       batch_size,
       madds,
-      functools.partial(jax.jit(function), variables, *arguments),
+      functools.partial(jax.jit(function), weights, *arguments),
       'all widest' if name in ('tiled', 'oracle, grouped') else None,
     )
     for name, (function, arguments, madds) in programs.items()

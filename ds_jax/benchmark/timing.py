@@ -15,6 +15,9 @@ import jax
 import numpy as np
 
 _MIN_REPEATS, _MAX_REPEATS = 3, 100
+# A turn of a fast way is so many seconds of calls: alone, its weights and code
+# would be out of the caches each time.
+_TURN = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Row:
     reference: as of the way.
     num_batches: as of the way.
     first_call: seconds; it traces and compiles.
-    seconds: of every further call.
+    seconds: of a call, the mean of each turn.
   """
 
   section: str
@@ -88,11 +91,19 @@ class Row:
 
 
 def time_in_turn(ways: Sequence[Way], seconds: float) -> list[Row]:
-  """Times ways for about this long, first calls left out."""
+  """Times ways for about this long, first calls left out.
+
+  Each way has a turn, again and again; see `_TURN`.
+  """
   first = [_time(way) for way in ways]
-  once = sum(_time(way) for way in ways)
-  repeats = np.clip(int(seconds / once), _MIN_REPEATS, _MAX_REPEATS)
-  taken = [[_time(way) for way in ways] for _ in range(repeats)]
+  once = [_time(way) for way in ways]
+  calls = [max(1, round(_TURN / taken)) for taken in once]
+  turn = sum(np.multiply(once, calls))
+  repeats = np.clip(int(seconds / turn), _MIN_REPEATS, _MAX_REPEATS)
+  taken = [
+    [_time(*pair) for pair in zip(ways, calls, strict=True)]
+    for _ in range(repeats)
+  ]
   return [
     Row(
       way.section,
@@ -120,7 +131,8 @@ def ratio(rows: Sequence[Row], above: str, below: str) -> dict[int, float]:
   }
 
 
-def _time(way: Way) -> float:
+def _time(way: Way, calls: int = 1) -> float:
   start = time.perf_counter()
-  jax.block_until_ready(way.call())
-  return time.perf_counter() - start
+  for _ in range(calls):
+    jax.block_until_ready(way.call())
+  return (time.perf_counter() - start) / calls
