@@ -1,5 +1,7 @@
 """The predictor against the model run by hand, and its errors."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,26 @@ class PredictorTest(parameterized.TestCase):
     for batch_size in (3, 3, 5, 3):
       predictor(self.images[:batch_size])
     assert predictor._route._cache_size() == 2
+
+  @parameterized.parameters(8, 19, 40)
+  def test_batches_in_chunks_give_the_same(self, batch_size):
+    # Eight images of 8 x 8 x 3 at a time, and the rest.
+    images = self.images[:batch_size]
+    with mock.patch.object(predict, '_CPU_CHUNK', 8 * 192):
+      predictor = predict.Predictor(
+        self.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
+      )
+      found = predictor(images)
+      forced = predictor(images, subnet=3)
+    expected = self.predictor(images)
+    np.testing.assert_array_equal(found.buckets, expected.buckets)
+    for chunked, whole in (
+      (found, expected),
+      (forced, self.predictor(images, subnet=3)),
+    ):
+      np.testing.assert_allclose(
+        chunked.logits, whole.logits, rtol=1e-4, atol=1e-5
+      )
 
   def test_shared_weights_give_the_same(self):
     shared = predict.Predictor(

@@ -95,15 +95,13 @@ def time_in_turn(ways: Sequence[Way], seconds: float) -> list[Row]:
 
   Each way has a turn, again and again; see `_TURN`.
   """
-  first = [_time(way) for way in ways]
-  once = [_time(way) for way in ways]
-  calls = [max(1, round(_TURN / taken)) for taken in once]
-  turn = sum(np.multiply(once, calls))
-  repeats = np.clip(int(seconds / turn), _MIN_REPEATS, _MAX_REPEATS)
-  taken = [
-    [_time(*pair) for pair in zip(ways, calls, strict=True)]
-    for _ in range(repeats)
-  ]
+  first = [_time(way, turn=0) for way in ways]
+  rounds = []
+  end = time.perf_counter() + seconds
+  while len(rounds) < _MIN_REPEATS or (
+    len(rounds) < _MAX_REPEATS and time.perf_counter() < end
+  ):
+    rounds.append([_time(way, _TURN) for way in ways])
   return [
     Row(
       way.section,
@@ -116,7 +114,7 @@ def time_in_turn(ways: Sequence[Way], seconds: float) -> list[Row]:
       list(times),
     )
     for way, compiling, times in zip(
-      ways, first, zip(*taken, strict=True), strict=True
+      ways, first, zip(*rounds, strict=True), strict=True
     )
   ]
 
@@ -131,8 +129,12 @@ def ratio(rows: Sequence[Row], above: str, below: str) -> dict[int, float]:
   }
 
 
-def _time(way: Way, calls: int = 1) -> float:
-  start = time.perf_counter()
-  for _ in range(calls):
+def _time(way: Way, turn: float) -> float:
+  """Returns a call's seconds, of calls for at least so long."""
+  calls, start = 0, time.perf_counter()
+  while True:
     jax.block_until_ready(way.call())
-  return (time.perf_counter() - start) / calls
+    calls += 1
+    taken = time.perf_counter() - start
+    if taken >= turn:
+      return taken / calls
