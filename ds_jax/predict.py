@@ -350,7 +350,7 @@ class Parts:
 # Numbers that a part is given at a time on CPU. The activations of more leave
 # the caches: DS-MobileNet at 224 pixels takes 1.7 times as long for each of 64
 # images as for each of 8.
-_CPU_CHUNK = 2**21
+_CPU_CHUNK = 2**20
 
 
 def _in_chunks(run, x):
