@@ -87,13 +87,10 @@ class Predictor:
     self._sub_networks = models.sub_networks(model)
     self._costs = routing.BucketCosts.of_model(model, image_size)
     self.router = routing.gate_at_target(held_out, self._costs, **self._gate)
-    self.parts = Parts(
-      model, functools.partial(data.normalize, mean=mean, std=std)
-    )
+    normalize = functools.partial(data.normalize, mean=mean, std=std)
+    self.parts = Parts(model, normalize, image_size)
     self.weights = (
-      self.parts.prepare(self._variables, image_size)
-      if presliced
-      else self._variables
+      self.parts.prepare(self._variables) if presliced else self._variables
     )
     self._route = jax.jit(functools.partial(_route, self.parts))
     self._run = jax.jit(
@@ -290,16 +287,19 @@ class Parts:
   The weights are the network's own, or what `prepare` made of them.
   """
 
-  def __init__(self, model, normalize):
+  def __init__(self, model, normalize, image_size: int):
     self._architecture = models.Architecture(model)
     self._variables = jax.eval_shape(lambda: models.variables_of(model))
     self._normalize = normalize
+    self._image_size = image_size
+    self._chunk_size = _chunk_size(image_size)
     self._splits: dict[Any, hoist.Split] = {}
     self.branches = {str(s.index): s for s in model.routing_space}
 
-  def prepare(self, variables: models.Variables, image_size: int):
+  def prepare(self, variables: models.Variables):
     """Returns every part's weights, sliced; see `hoist.split`."""
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
+    size = self._image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     run = functools.partial(self._run, 'trunk')
     features = jax.eval_shape(run, self._variables, images)
     splits = {
@@ -320,12 +320,14 @@ class Parts:
         return self._run(part, weights, x)
       return self._split(part, x).run(weights[part], x)
 
-    return run(x) if part == 'gate' else _in_chunks(run, x)
+    return run(x) if part == 'gate' else _in_chunks(run, x, self._chunk_size)
 
   def whole(self, variables, images, subnet: models.Subnet) -> jax.Array:
     """Runs a sub-network, trunk included, on the network's own weights."""
     model = self._architecture.bind(variables)
-    return _in_chunks(lambda x: model(self._normalize(x), subnet), images)
+    return _in_chunks(
+      lambda x: model(self._normalize(x), subnet), images, self._chunk_size
+    )
 
   def _split(self, part, x):
     # Kept, since tracing is most of a start with compiled programs at hand.
@@ -347,17 +349,23 @@ class Parts:
       return model.branch(x, self.branches[part])
 
 
-# Numbers that a part is given at a time on CPU. The activations of more leave
-# the caches: DS-MobileNet at 224 pixels takes 1.7 times as long for each of 64
+# Pixels of images that run at a time on CPU. The activations of more leave the
+# caches: DS-MobileNet at 224 pixels takes 1.7 times as long for each of 64
 # images as for each of 8.
-_CPU_CHUNK = 2**20
+_CPU_PIXELS = 8 * 224**2
 
 
-def _in_chunks(run, x):
-  """Runs (N, ...) a few images at a time where that is faster."""
-  largest = max(1, _CPU_CHUNK * len(x) // x.size)
-  size = 1 << (largest.bit_length() - 1)
-  if jax.default_backend() != 'cpu' or len(x) <= size:
+def _chunk_size(image_size: int) -> int | None:
+  """Returns how many images to run at a time; None means any number."""
+  if jax.default_backend() != 'cpu':
+    return None
+  largest = max(1, _CPU_PIXELS // image_size**2)
+  return 1 << (largest.bit_length() - 1)
+
+
+def _in_chunks(run, x, size):
+  """Runs (N, ...), so many at a time."""
+  if size is None or len(x) <= size:
     return run(x)
   rest = len(x) % size
   whole = x[: len(x) - rest].reshape(-1, size, *x.shape[1:])

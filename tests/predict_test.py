@@ -101,9 +101,9 @@ class PredictorTest(parameterized.TestCase):
 
   @parameterized.parameters(8, 19, 40)
   def test_batches_in_chunks_give_the_same(self, batch_size):
-    # Eight images of 8 x 8 x 3 at a time, and the rest.
+    # Eight images of 8 x 8 pixels at a time, and the rest.
     images = self.images[:batch_size]
-    with mock.patch.object(predict, '_CPU_CHUNK', 8 * 192):
+    with mock.patch.object(predict, '_CPU_PIXELS', 8 * 64):
       predictor = predict.Predictor(
         self.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
       )
