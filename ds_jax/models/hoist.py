@@ -48,7 +48,10 @@ def split(
   moving = set(inputs)
   known, rest = [], []
   for equation in jaxpr.eqns:
-    moves = any(v in moving for v in equation.invars if _is_variable(v))
+    # Broadcasting costs little, and may be to the batch's size.
+    moves = equation.primitive.name == 'broadcast_in_dim' or any(
+      v in moving for v in equation.invars if _is_variable(v)
+    )
     (rest if moves else known).append(equation)
     if moves:
       moving.update(equation.outvars)

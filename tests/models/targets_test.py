@@ -170,8 +170,10 @@ def count_others(function, *args):
       size = equation.outvars[0].aval.size
       operand = equation.invars[0].aval.size if equation.invars else 0
       if name == 'custom_vjp_call':
-        # A depthwise convolution; a sum of n images is n - 1 additions.
-        counts['elementwise'] -= size
+        inside = equation.params['call_jaxpr'].jaxpr.eqns
+        if not any(e.primitive.name == 'dot_general' for e in inside):
+          # A depthwise convolution; a sum of n images is n - 1 additions.
+          counts['elementwise'] -= size
         continue
       unpack += [
         value.jaxpr
