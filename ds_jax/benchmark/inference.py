@@ -3,6 +3,7 @@
 Axes: N batch, K buckets.
 """
 
+import copy
 import functools
 import statistics
 from collections.abc import Sequence
@@ -52,8 +53,7 @@ class Subject:
   def routed_to(self, bucket: int) -> predict.Predictor:
     """Returns a predictor whose gate sends everything to one bucket."""
     offsets = np.where(np.arange(self.num_buckets) == bucket, 1e9, 0)
-    forced = predict.Predictor.__new__(predict.Predictor)
-    forced.__dict__.update(self.own.__dict__)
+    forced = copy.copy(self.own)
     forced.router = routing.gate_router(offsets)
     return forced
 

@@ -79,18 +79,7 @@ def _supernet_step(model, image_size, batch):
     optimizer=_OPTIMIZER,
     num_random=min(2, len(model.routing_space) - 2),
   )
-  mesh = mesh_lib.make_mesh(jax.devices()[:1])
-  stage = supernet.Supernet(
-    options, model, _normalize, num_steps=_MANY_STEPS,
-    steps_per_epoch=_MANY_STEPS, seed=0, mesh=mesh,
-  )  # fmt: skip
-  state = [stage.init(_copy(models.variables_of(model)))]
-
-  def step():
-    # The same draw every time, so that everything is compiled once.
-    state[0], metrics = stage.step(state[0], batch, 0)
-    return metrics
-
+  stage, step = _step_of(supernet.Supernet, options, model, batch)
   students = [model.widest, *stage.draw(0), model.narrowest]
   madds = [model.cost(s, image_size).madds for s in students]
   # The teacher is the widest network, forward.
@@ -98,19 +87,27 @@ def _supernet_step(model, image_size, batch):
 
 
 def _gate_step(model, image_size, batch):
-  mesh = mesh_lib.make_mesh(jax.devices()[:1])
-  stage = gate.Gate(
-    gate.GateConfig(num_epochs=1, optimizer=_OPTIMIZER), model, _normalize,
-    image_size=image_size, num_steps=_MANY_STEPS,
-    steps_per_epoch=_MANY_STEPS, seed=0, mesh=mesh,
+  options = gate.GateConfig(num_epochs=1, optimizer=_OPTIMIZER)
+  _, step = _step_of(gate.Gate, options, model, batch, image_size=image_size)
+  return step
+
+
+def _step_of(make, options, model, batch, **more):
+  """Returns a stage, and a function that runs its next step."""
+  stage = make(
+    options, model, _normalize, num_steps=_MANY_STEPS,
+    steps_per_epoch=_MANY_STEPS, seed=0,
+    mesh=mesh_lib.make_mesh(jax.devices()[:1]), **more,
   )  # fmt: skip
-  state = [stage.init(_copy(models.variables_of(model)))]
+  state = stage.init(_copy(models.variables_of(model)))
 
   def step():
-    state[0], metrics = stage.step(state[0], batch, 0)
+    nonlocal state
+    # The same draw every time, so that everything is compiled once.
+    state, metrics = stage.step(state, batch, 0)
     return metrics
 
-  return step
+  return stage, step
 
 
 _OPTIMIZER = optimizer.OptimizerConfig(name='sgd', learning_rate=1e-3)
