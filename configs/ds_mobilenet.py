@@ -72,6 +72,12 @@ def get_config() -> ml_collections.ConfigDict:
     label_smoothing=0.1,
   )
   config.checkpoint = dict(every_steps=2500, keep_last=2, keep_best=1)
+  config.parallel = dict(executor='pjit', fsdp=1, heartbeat_seconds=60)
+  config.monitor = dict(
+    profile_step=config_dict.placeholder(int),  # of a trace; None takes none
+    profile_steps=5,
+    watchdog_seconds=600.0,
+  )
   config.log_every_steps = 100
   config.eval_every_epochs = 5.0
   return config

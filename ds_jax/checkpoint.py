@@ -8,6 +8,9 @@ A thin layer over Orbax's CheckpointManager. Every step holds two items:
 
 Orbax restores most flipped bits without a word; the manifest is what turns
 them into an error, and so into a fall back to the step before.
+
+With several processes the directory is one that all see. Process 0 writes, and
+decides which step is restored; every process holds all of the arrays.
 """
 
 import contextlib
@@ -22,10 +25,13 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
+
+from ds_jax import hosts
 
 
 class CheckpointError(Exception):
-  """There is no checkpoint to restore, or none that is intact."""
+  """There is no intact checkpoint to restore, or none can be written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Checkpointer:
       keep_last: how many of the newest steps to keep, at least 1.
       keep_best: how many of the steps with the highest metric to keep, too.
       metric: which of the metrics given to `save` ranks the steps.
+
+    Raises:
+      CheckpointError: if the directory can't be made or written to.
     """
     import orbax.checkpoint as ocp
 
@@ -71,10 +80,12 @@ class Checkpointer:
     self._retention = _Retention(
       keep_last, keep_best, _saved_scores(self._directory, metric)
     )
+    _check_writable(self._directory)
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(preservation_policy=self._retention),
     )
+    self._saving: int | None = None
 
   def __enter__(self) -> 'Checkpointer':
     return self
@@ -102,6 +113,7 @@ class Checkpointer:
       metrics: the step's scores; without them it is never among the best.
 
     Raises:
+      CheckpointError: if writing fails; the steps before are untouched.
       TypeError: if a leaf is not an array, or meta does not fit into JSON.
       ValueError: if metrics are given without the one that ranks.
     """
@@ -110,23 +122,24 @@ class Checkpointer:
     arrays = _host_arrays(tree)
     manifest = _manifest(arrays, meta, metrics)
     score = _score(manifest['metrics'], self._metric)
+    self.wait()
     if step in self._manager.all_steps():
-      self.wait()
-      with contextlib.suppress(CheckpointError):
-        _newest_intact(self._directory, [step])
+      if self._is_intact(step):
         return
       self._manager.delete(step)
     self._retention.damaged.discard(step)
     self._retention.scores[step] = score
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeSave(arrays),
-        manifest=ocp.args.JsonSave(manifest),
-      ),
-      # Otherwise a step older than a damaged one would be skipped.
-      force=True,
-    )
+    self._saving = step
+    with self._explained():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(arrays),
+          manifest=ocp.args.JsonSave(manifest),
+        ),
+        # Otherwise a step older than a damaged one would be skipped.
+        force=True,
+      )
 
   def restore_latest(self) -> Restored | None:
     """Returns the newest intact step, or None if there are no steps.
@@ -138,20 +151,65 @@ class Checkpointer:
       CheckpointError: if there are steps, and none is intact.
     """
     self.wait()
-    steps = _steps(self._directory)
+    steps = hosts.from_first(lambda: _steps(self._directory))
     if not steps:
       return None
-    restored, damaged = _newest_intact(self._directory, steps)
+    found: list[Restored] = []
+
+    def find():
+      restored, damaged = _newest_intact(self._directory, steps)
+      found.append(restored)
+      return [restored.step, sorted(damaged)]
+
+    step, damaged = hosts.from_first(find, CheckpointError)
     self._retention.damaged.update(damaged)
-    return restored
+    return found[0] if found else restore(self._directory, step)
 
   def wait(self) -> None:
-    """Waits for the write in progress, and raises its error if it failed."""
-    self._manager.wait_until_finished()
+    """Waits for the write in progress.
+
+    Raises:
+      CheckpointError: if it failed.
+    """
+    with self._explained():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the write in progress and ends the background threads."""
-    self._manager.close()
+    """Waits for the write in progress and ends the background threads.
+
+    Raises:
+      CheckpointError: if the write failed.
+    """
+    with self._explained():
+      self._manager.close()
+
+  def _is_intact(self, step):
+    def check():
+      with contextlib.suppress(CheckpointError):
+        _newest_intact(self._directory, [step])
+        return True
+      return False
+
+    return hosts.from_first(check)
+
+  @contextlib.contextmanager
+  def _explained(self):
+    """Says of Orbax's errors what they mean; those of the runtime pass."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise
+    # Whatever its parts raise, as in reading.
+    except Exception as error:
+      step, self._saving = self._saving, None
+      if step is None:
+        raise
+      raise CheckpointError(
+        f'Step {step} could not be written in {self._directory}:'
+        f' {_brief(error)} Steps that were saved before are as they were. Make'
+        ' room or set the permissions right, and run the same command: it'
+        ' resumes from the last of them.'
+      ) from error
 
 
 def directory_of(workdir: str) -> str:
@@ -240,8 +298,7 @@ def _newest_intact(
       return _read(root, step), damaged
     # Orbax raises whatever its parts raise, down to a bare Exception.
     except Exception as error:
-      # TensorStore appends its whole configuration.
-      damaged[step] = f'{type(error).__name__}: {error}'[:200]
+      damaged[step] = _brief(error)
       logging.warning(
         'Step %d in %s is damaged: %s', step, root / str(step), damaged[step]
       )
@@ -338,9 +395,36 @@ def _leaf_record(leaf: np.ndarray | dict) -> dict[str, Any]:
 
 def _host_arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
   _check_tree(tree)
+
+  def whole(x):
+    if isinstance(x, jax.Array) and not (
+      x.is_fully_addressable or x.is_fully_replicated
+    ):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return x
+
   # On CPU these are views. While they live, JAX gives their buffers to no
   # donation, and Orbax copies host arrays before its save returns.
-  return jax.tree.map(np.asarray, jax.device_get(tree))
+  return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(whole, tree)))
+
+
+def _check_writable(directory: epath.Path) -> None:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f'.write-{jax.process_index()}'
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise CheckpointError(
+      f'{directory} can not be written to: {_brief(error)} Choose another'
+      ' workdir, or set its permissions right.'
+    ) from error
+
+
+def _brief(error: Exception) -> str:
+  # TensorStore appends its whole configuration.
+  text = f'{type(error).__name__}: {error}'[:200]
+  return text if text.endswith('.') else f'{text}.'
 
 
 def _check_tree(tree: Mapping[str, Any]) -> None:

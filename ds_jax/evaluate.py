@@ -4,6 +4,7 @@ Axes: S sub-networks, K buckets (the first K of the S), N images, C classes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import mesh as mesh_lib
-from ds_jax import models, routing
+from ds_jax import models, parallel, routing
 
 Results = dict[str, Any]
 
@@ -32,31 +32,54 @@ class Sweep:
   outcomes: routing.Outcomes
 
 
+@dataclasses.dataclass(frozen=True)
+class RoutedSweep:
+  """What a router did with every image.
+
+  Attributes:
+    top1: (N,) bool, as of a `Sweep`.
+    top5: (N,) bool.
+    runs: (N, R) which buckets ran; see `routing.Routed`.
+  """
+
+  top1: np.ndarray
+  top5: np.ndarray
+  runs: np.ndarray
+
+
 class Evaluator:
-  """Runs sub-networks over batches of test images."""
+  """Runs sub-networks over batches of test images, each device by itself."""
 
   def __init__(
     self,
     model,
     normalize: Callable[[jax.Array], jax.Array],
-    mesh: jax.sharding.Mesh,
+    executor: parallel.Executor,
   ):
     """Compiles nothing yet.
 
     Args:
       model: the supernet; its arrays are not used.
       normalize: uint8 images to the model's floats.
-      mesh: the devices.
+      executor: runs the networks on the devices.
     """
     self._architecture = models.Architecture(model)
     self._sub_networks = models.sub_networks(model)
     self._ends = (model.narrowest, model.widest)
     self._normalize = normalize
-    self._mesh = mesh
-    self._run = jax.jit(
+    # No statistics are taken here, so nothing ties the devices' rows together;
+    # and tiles are best cut where the images are.
+    self._executor = executor = executor.replicas()
+    self._run = executor.compile(
       self._run_batch,
-      static_argnames='subnets',
-      out_shardings=mesh_lib.replicated(mesh),
+      [parallel.STATE, parallel.BATCH],
+      parallel.WHOLE,
+      static=['subnets'],
+    )
+    self._route = executor.compile(
+      self._route_batch,
+      [parallel.STATE, parallel.WHOLE, parallel.BATCH],
+      parallel.WHOLE,
     )
 
   def sweep(
@@ -65,7 +88,7 @@ class Evaluator:
     """Runs every sub-network and the gate.
 
     Args:
-      variables: the network.
+      variables: the network, as laid out by the executor.
       batches: this process's `images` uint8 (n, H, W, 3), `labels` (n,) and
         `mask` (n,), False where there is no image.
 
@@ -73,6 +96,23 @@ class Evaluator:
       The outcome of all processes' images.
     """
     return self._collect(variables, batches, self._sub_networks)
+
+  def routed_sweep(
+    self,
+    variables: models.Variables,
+    router: routing.Router,
+    batches: Iterable[dict[str, np.ndarray]],
+  ) -> RoutedSweep:
+    """Routes every image, by the dispatch that a `Predictor` has.
+
+    Args:
+      variables: as in `sweep`.
+      router: which buckets run for an image.
+      batches: as in `sweep`.
+    """
+    run = functools.partial(self._route, variables, router)
+    hits, runs = self._over(batches, run)
+    return RoutedSweep(hits[:, 0], hits[:, 1], runs)
 
   def ends(self, variables, batches) -> dict[str, float]:
     """Returns the top-1 of the narrowest and widest, and their mean."""
@@ -85,18 +125,19 @@ class Evaluator:
     }
 
   def _collect(self, variables, batches, subnets) -> Sweep:
-    variables = jax.device_put(variables, mesh_lib.replicated(self._mesh))
+    run = functools.partial(self._run, variables, subnets=subnets)
+    hits, outcomes = self._over(batches, run)
+    return Sweep(*hits.transpose(2, 1, 0), outcomes)
+
+  def _over(self, batches, run):
+    """Returns the rows of all batches, but for those that fill them up."""
     parts = []
     for batch in batches:
-      batch = mesh_lib.shard_batch(self._mesh, batch)
-      parts.append(self._run(variables, batch, subnets=subnets))
+      parts.append(run(self._executor.put_batch(batch)))
       # One batch runs while the next is read, and no more are on the way.
       jax.block_until_ready(parts[-2:-1])
-    (hits, outcomes), mask = jax.tree.map(
-      lambda *rows: np.concatenate(rows), *parts
-    )
-    outcomes = jax.tree.map(lambda rows: rows[mask], outcomes)
-    return Sweep(*hits[mask].transpose(2, 1, 0), outcomes)
+    rows, mask = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    return jax.tree.map(lambda rows: rows[mask], rows)
 
   def _run_batch(self, variables, batch, subnets):
     """Returns hits (N, S, 2) and the buckets' outcomes, and the mask."""
@@ -114,7 +155,20 @@ class Evaluator:
       model.gate_logits(features), jnp.stack(buckets, 1), labels
     )
     hits = jnp.stack([_hits(x, labels) for x in logits], 1)
-    return (hits, outcomes), batch['mask']
+    return self._executor.all_rows(((hits, outcomes), batch['mask']))
+
+  def _route_batch(self, variables, router, batch):
+    """Returns hits (N, 2) and the runs (N, R), and the mask."""
+    model = self._architecture.bind(variables)
+    features = model.trunk(self._normalize(batch['images']))
+    branches = [
+      functools.partial(model.branch, subnet=s) for s in model.routing_space
+    ]
+    routed = routing.route(
+      router, branches, model.gate_logits(features), features
+    )
+    rows = _hits(routed.logits, batch['labels']), routed.runs
+    return self._executor.all_rows((rows, batch['mask']))
 
 
 def _hits(logits, labels):
@@ -131,6 +185,7 @@ def results(
   *,
   gate: Mapping[str, Any],
   held_out: routing.Outcomes | None = None,
+  routed: RoutedSweep | None = None,
 ) -> Results:
   """Sums a sweep up, with what any router has to be held against.
 
@@ -142,6 +197,8 @@ def results(
     held_out: outcomes of images held out, which budgets are set on; None sets
       them on the sweep's own, which is right for curves and too good for a
       promise.
+    routed: of the gate at its target; None takes what that would have done
+      from the sweep.
 
   Returns:
     `subnets`, one row a sub-network; `routed`, the gate as a `Predictor` uses
@@ -154,10 +211,10 @@ def results(
   """
   costs = routing.BucketCosts.of_model(model, image_size)
   rows = _subnet_rows(sweep, model, image_size)
-  runs = routing.replay(
-    routing.gate_at_target(held_out, costs, **gate), sweep.outcomes
-  )
-  routed = _routed_row(sweep, runs[:, 0], costs)
+  if routed is None:
+    router = routing.gate_at_target(held_out, costs, **gate)
+    routed = _replayed(sweep, router)
+  routed = _routed_row(routed, costs)
   budgets_of = sweep.outcomes if held_out is None else held_out
   buckets = rows[: len(costs.branches)]
   return {
@@ -190,12 +247,18 @@ def _subnet_rows(sweep, model, image_size):
   return rows
 
 
-def _routed_row(sweep, chosen, costs):
-  images = np.arange(len(chosen))
+def _replayed(sweep, router):
+  runs = routing.replay(router, sweep.outcomes)
+  images, last = np.arange(len(runs)), runs[:, 0]
+  return RoutedSweep(sweep.top1[last, images], sweep.top5[last, images], runs)
+
+
+def _routed_row(routed, costs):
+  chosen = routed.runs[:, 0]
   shares = np.bincount(chosen, minlength=len(costs.branches)) / len(chosen)
   return {
-    'top1': float(sweep.top1[chosen, images].mean()),
-    'top5': float(sweep.top5[chosen, images].mean()),
+    'top1': float(routed.top1.mean()),
+    'top5': float(routed.top5.mean()),
     'madds': float(shares @ costs.buckets),
     'shares': shares.tolist(),
   }

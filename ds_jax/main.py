@@ -4,17 +4,23 @@
 
 Run again, the same command resumes where it was. Any field in the
 file is changed with a flag like `--config.gate.num_epochs=5`.
+
+On several hosts the same command runs on each, and JAX finds the others by
+itself on Cloud TPU, GKE, SLURM and Open MPI. Elsewhere each is told by
+`--coordinator_address`, `--num_processes` and `--process_id`.
 """
 
 import logging as python_logging
+import os
 import pathlib
 import sys
+import time
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ds_jax import checkpoint, data, host
+from ds_jax import checkpoint, data, host, hosts
 from ds_jax.benchmark import command
 from ds_jax.train import experiment, loop
 
@@ -28,12 +34,24 @@ _MODE = flags.DEFINE_enum(
   'mode', 'train', ['train', 'evaluate', 'benchmark'], 'What to do.'
 )
 
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address', None, 'HOST:PORT of process 0, of several.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes there are.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this one is.', lower_bound=0
+)
+
 # Mistakes whose message says it all. Anything else keeps its traceback.
 _PLAIN_ERRORS = (
   experiment.ConfigError,
   checkpoint.CheckpointError,
   data.DatasetNotFoundError,
+  hosts.HostError,
   loop.NonFiniteError,
+  OSError,
 )
 
 
@@ -43,18 +61,44 @@ def main(argv):
     raise app.UsageError(f'Unexpected arguments {argv[1:]}.')
   logging.get_absl_handler().addFilter(_is_our_own)
   host.keep_freed_memory()
-  _cache_programs(_WORKDIR.value)
   modes = {
     'train': loop.train,
     'evaluate': loop.evaluate_only,
     'benchmark': _benchmark,
   }
   try:
+    _join_processes(_CONFIG.value)
+    _cache_programs(_WORKDIR.value)
     modes[_MODE.value](_CONFIG.value, _WORKDIR.value)
   except loop.Preempted as preempted:
     logging.info('%s', preempted)
   except _PLAIN_ERRORS as error:
-    sys.exit(f'{type(error).__name__}: {error}')
+    _fail(f'{type(error).__name__}: {error}')
+  except Exception as error:
+    if not jax.distributed.is_initialized():
+      raise
+    _fail(hosts.explain(error))
+
+
+def _join_processes(config):
+  parallel = experiment.Experiment.from_config(config).parallel
+  hosts.initialize(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    heartbeat_seconds=parallel.heartbeat_seconds,
+  )
+
+
+def _fail(message):
+  """Ends with status 1, at once: a usual exit would wait for the others."""
+  if not jax.distributed.is_initialized():
+    sys.exit(message)
+  print(message, file=sys.stderr, flush=True)
+  if jax.process_index() == 0:
+    # The others end with it, and may have something to say, too.
+    time.sleep(2)
+  os._exit(1)
 
 
 def _cache_programs(workdir):

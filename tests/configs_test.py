@@ -9,7 +9,7 @@ import pathlib
 import jax
 import pytest
 
-from ds_jax import mesh, models
+from ds_jax import models, parallel
 from ds_jax.train import experiment as experiments
 from ds_jax.train import gate
 
@@ -46,7 +46,7 @@ def test_config_is_read_and_fits_its_model(get_config):
     num_steps=1000,
     steps_per_epoch=100,
     seed=0,
-    mesh=mesh.make_mesh(jax.devices()[:1]),
+    executor=parallel.Executor(devices=jax.devices()[:1]),
   )
   assert experiment.supernet.num_random <= len(model.routing_space) - 1
   # A run refuses what it holds no images out for.

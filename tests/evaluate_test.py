@@ -9,8 +9,7 @@ from absl.testing import parameterized
 
 import ds_jax
 import micro
-from ds_jax import evaluate, models, routing
-from ds_jax import mesh as mesh_lib
+from ds_jax import evaluate, models, parallel, routing
 
 
 class _Model:
@@ -318,12 +317,10 @@ class EvaluatorTest(parameterized.TestCase):
     return images.astype(jnp.float32) / 255
 
   def sweep(self, num_devices):
-    evaluator = evaluate.Evaluator(
-      self.model,
-      self.normalize,
-      mesh_lib.make_mesh(jax.devices()[:num_devices]),
-    )
-    return evaluator.sweep(models.variables_of(self.model), self.batches)
+    executor = parallel.Executor(devices=jax.devices()[:num_devices])
+    evaluator = evaluate.Evaluator(self.model, self.normalize, executor)
+    variables = executor.put(models.variables_of(self.model))
+    return evaluator.sweep(variables, self.batches)
 
   @parameterized.parameters(1, 8)
   def test_sweep_equals_running_each_sub_network(self, num_devices):
@@ -360,10 +357,9 @@ class EvaluatorTest(parameterized.TestCase):
       )
 
   def test_ends_are_the_narrowest_and_the_widest(self):
-    evaluator = evaluate.Evaluator(
-      self.model, self.normalize, mesh_lib.make_mesh(jax.devices()[:1])
-    )
-    variables = models.variables_of(self.model)
+    executor = parallel.Executor(devices=jax.devices()[:1])
+    evaluator = evaluate.Evaluator(self.model, self.normalize, executor)
+    variables = executor.put(models.variables_of(self.model))
     found = evaluator.ends(variables, self.batches)
     top1 = self.sweep(1).top1.mean(1)
     np.testing.assert_allclose(found['top1/narrowest'], top1[0], rtol=1e-6)

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from ds_jax import convert, models
-from ds_jax import mesh as meshes
+from ds_jax import convert, models, parallel
 from ds_jax.train import losses, optimizer, supernet
 
 GOLDEN = dict(
@@ -162,7 +161,7 @@ class BootstrappingTest(GoldenTestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    mesh = meshes.make_mesh(jax.devices()[:1])
+    executor = parallel.Executor(devices=jax.devices()[:1])
     config = supernet.SupernetConfig(
       num_epochs=1,
       optimizer=optimizer.OptimizerConfig(),
@@ -176,14 +175,14 @@ class BootstrappingTest(GoldenTestCase):
       num_steps=1,
       steps_per_epoch=1,
       seed=0,
-      mesh=mesh,
+      executor=executor,
     )
     batch = {'images': IMAGES, 'labels': GOLDEN['labels']}
     space = cls.model.routing_space
     cls.gradient, cls.batch_stats, cls.metrics = stage.gradient(
       cls.variables,
       cls.variables,
-      meshes.shard_batch(mesh, batch),
+      executor.put_batch(batch),
       [space[2], space[1]],
       jax.random.key(0),
     )

@@ -8,6 +8,7 @@ import struct
 
 import ml_collections
 import numpy as np
+from ml_collections import config_dict
 
 MODEL = dict(
   name='ds_mobilenet',
@@ -53,6 +54,12 @@ def get_config() -> ml_collections.ConfigDict:
     price_rate=0.05,
   )
   config.checkpoint = dict(every_steps=7, keep_last=2, keep_best=1)
+  config.parallel = dict(executor='pjit', fsdp=1, heartbeat_seconds=60)
+  config.monitor = dict(
+    profile_step=config_dict.placeholder(int),  # of a trace; None takes none
+    profile_steps=5,
+    watchdog_seconds=600.0,
+  )
   config.log_every_steps = 1
   config.eval_every_epochs = 2.0
   return config

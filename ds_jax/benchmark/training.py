@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import data, models
-from ds_jax import mesh as mesh_lib
+from ds_jax import data, models, parallel
 from ds_jax.benchmark import timing
 from ds_jax.train import gate, optimizer, supernet
 
@@ -97,7 +96,7 @@ def _step_of(make, options, model, batch, **more):
   stage = make(
     options, model, _normalize, num_steps=_MANY_STEPS,
     steps_per_epoch=_MANY_STEPS, seed=0,
-    mesh=mesh_lib.make_mesh(jax.devices()[:1]), **more,
+    executor=parallel.Executor(devices=jax.devices()[:1]), **more,
   )  # fmt: skip
   state = stage.init(_copy(models.variables_of(model)))
 

@@ -19,6 +19,9 @@ from ds_jax.data import augment, sources, transforms
 
 Batch = dict[str, np.ndarray]
 
+# Endless, as far as a training run goes.
+_MANY_STEPS = 1 << 40
+
 PARTS = ('test', 'train', 'gate', 'budget')
 _CROPS = (None, 'pad', 'resized')
 # What a batch calls the first and the second view.
@@ -160,8 +163,8 @@ def train_batches(
     part: as in `load_part`.
     is_augmented: whether images are augmented, or as for evaluation.
     start_step: the first batch given; resuming costs nothing.
-    process_index: this process reads images i, i + process_count, ... of the
-      global batch.
+    process_index: this process reads the process_index-th part of each global
+      batch.
     process_count: how many processes share a batch.
     num_views: 1, or 2 for multi-view consistency: every image is augmented
       twice, independently. The first view is the same with either.
@@ -196,10 +199,18 @@ def train_batches(
       seed=mixed_seed,
     )
   )
-  # Sliced after repeating and mapping, so that the global batch and its random
-  # numbers are the same for any number of processes.
-  local = dataset[process_index::process_count].batch(local_size)
-  return _iterate(local[start_step:], config.num_threads)
+
+  def load_batch(step: int) -> Batch:
+    # Rows of the global batch, which is the same for any number of processes.
+    start = step * config.batch_size + process_index * local_size
+    examples = [dataset[start + i] for i in range(local_size)]
+    return {
+      name: np.stack([example[name] for example in examples])
+      for name in examples[0]
+    }
+
+  steps = grain.MapDataset.range(_MANY_STEPS)
+  return _iterate(steps.map(load_batch)[start_step:], config.num_threads)
 
 
 def eval_batches(

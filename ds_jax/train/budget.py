@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import mesh as mesh_lib
-from ds_jax import models, routing
+from ds_jax import models, parallel, routing
 
 
 @flax.struct.dataclass
@@ -35,26 +34,35 @@ class Budget:
 
   name = 'budget'
 
-  def __init__(self, model, normalize, *, mesh, num_steps: int, batch_size):
+  def __init__(
+    self,
+    model,
+    normalize,
+    *,
+    executor: parallel.Executor,
+    num_steps: int,
+    batch_size: int,
+  ):
     """Compiles nothing yet.
 
     Args:
       model: the supernet; its arrays are not used.
       normalize: uint8 images to the model's floats.
-      mesh: the devices.
+      executor: runs the step on the devices.
       num_steps: how many batches there are; 0 leaves the stage out.
       batch_size: images in a global batch.
     """
     self.num_steps = num_steps
-    self.mesh = mesh
+    self.executor = executor
     self._batch_size = batch_size
     self._model = model
     self._architecture = models.Architecture(model)
     self._normalize = normalize
-    self._step = jax.jit(
+    self._step = executor.compile(
       self._observe_batch,
-      out_shardings=mesh_lib.replicated(mesh),
-      donate_argnames=('outcomes', 'mask'),
+      [parallel.STATE] * 3 + [parallel.BATCH, parallel.WHOLE],
+      (parallel.STATE, parallel.STATE, parallel.WHOLE),
+      donate=[1, 2],
     )
 
   def init(self, variables: models.Variables) -> BudgetState:
@@ -64,32 +72,33 @@ class Budget:
       num_images, len(self._model.routing_space), self._model.num_classes
     )
     state = BudgetState(variables, empty, np.zeros(num_images, bool))
-    return mesh_lib.replicate(self.mesh, state)
+    return self.executor.put(state)
 
   def step(self, state: BudgetState, batch, step: int):
     """Adds one batch's outcomes; see `Supernet.step`."""
-    batch = mesh_lib.shard_batch(self.mesh, batch)
+    batch = self.executor.put_batch(batch)
     outcomes, mask, right = self._step(
-      state.network, state.outcomes, state.mask, batch, jnp.int32(step)
+      state.network, state.outcomes, state.mask, batch, np.int32(step)
     )
     state = state.replace(outcomes=outcomes, mask=mask)
     return state, {'right/narrowest': right[0], 'right/last': right[-1]}
 
   def _observe_batch(self, network, outcomes, mask, batch, step):
-    model = self._architecture.bind(network)
+    model = self._architecture.bind(self.executor.whole(network))
     features = model.trunk(self._normalize(batch['images']))
     logits = [model.branch(features, s) for s in model.routing_space]
     seen = routing.observe(
       model.gate_logits(features), jnp.stack(logits, 1), batch['labels']
     )
+    seen, new_mask = self.executor.all_rows((seen, batch['mask']))
 
     def place(array, rows):
       start = (step * self._batch_size, *(0 for _ in array.shape[1:]))
       return jax.lax.dynamic_update_slice(array, rows, start)
 
-    weights = batch['mask'] / batch['mask'].sum()
+    weights = new_mask / new_mask.sum()
     return (
       jax.tree.map(place, outcomes, seen),
-      place(mask, batch['mask']),
+      place(mask, new_mask),
       weights @ seen.right,
     )

@@ -8,12 +8,10 @@ with the moving average's weights, which no statistics have seen in training.
 import dataclasses
 
 import flax.struct
-import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ds_jax import mesh as mesh_lib
-from ds_jax import models, validation
+from ds_jax import models, parallel, validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,33 +44,42 @@ class Calibrate:
 
   name = 'calibrate'
 
-  def __init__(self, config: CalibrateConfig, model, normalize, *, mesh):
+  def __init__(
+    self,
+    config: CalibrateConfig,
+    model,
+    normalize,
+    *,
+    executor: parallel.Executor,
+  ):
     """Compiles nothing yet; see `Supernet` for the arguments."""
     # A network without batch norms has nothing to calibrate.
     has_statistics = models.variables_of(model).batch_stats
     self.num_steps = config.num_batches if has_statistics else 0
-    self.mesh = mesh
+    self.executor = executor
     self._architecture = models.Architecture(model)
     self._normalize = normalize
-    self._calibrate = jax.jit(
-      self._move_statistics, out_shardings=mesh_lib.replicated(mesh)
+    self._calibrate = executor.compile(
+      self._move_statistics,
+      [parallel.STATE, parallel.BATCH, parallel.WHOLE],
+      (parallel.STATE, parallel.WHOLE),
     )
 
   def init(self, variables: models.Variables) -> CalibrateState:
     """Returns the state before the first step."""
-    return CalibrateState(mesh_lib.replicate(self.mesh, variables))
+    return CalibrateState(self.executor.put(variables))
 
   def step(self, state: CalibrateState, batch, step: int):
     """Takes one batch into the running mean; see `Supernet.step`."""
-    images = mesh_lib.shard_batch(self.mesh, batch['images'])
-    momentum = jnp.float32(1 / (step + 1))
+    images = self.executor.put_batch(batch['images'])
+    momentum = np.float32(1 / (step + 1))
     batch_stats, norm = self._calibrate(state.network, images, momentum)
     network = state.network.replace(batch_stats=batch_stats)
     return CalibrateState(network), {'statistics_norm': norm}
 
   def _move_statistics(self, variables, images, momentum):
     images = self._normalize(images)
-    model = self._architecture.bind(variables)
+    model = self._architecture.bind(self.executor.whole(variables))
     # Each row is moved once: the trunk's for all buckets together.
     features = model.trunk(images, momentum=momentum)
     model.gate_logits(features, momentum)
@@ -80,5 +87,5 @@ class Calibrate:
       model.branch(features, subnet, momentum=momentum)
     if model.widest not in model.routing_space:
       model(images, model.widest, momentum=momentum)
-    batch_stats = models.variables_of(model).batch_stats
+    batch_stats = self.executor.mean(models.variables_of(model).batch_stats)
     return batch_stats, optax.tree.norm(batch_stats)

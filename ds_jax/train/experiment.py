@@ -13,9 +13,11 @@ import jax
 import ml_collections
 
 from ds_jax import checkpoint, convert, data, models, validation
+from ds_jax import parallel as parallel_lib
 from ds_jax.train import budget as budget_lib
 from ds_jax.train import calibrate as calibrate_lib
 from ds_jax.train import gate as gate_lib
+from ds_jax.train import monitor as monitor_lib
 from ds_jax.train import optimizer as optimizer_lib
 from ds_jax.train import supernet as supernet_lib
 
@@ -92,6 +94,8 @@ class Experiment:
     gate: see `GateConfig`.
     init: see `InitConfig`.
     checkpoint: see `CheckpointConfig`.
+    parallel: see `ParallelConfig`.
+    monitor: see `MonitorConfig`.
     log_every_steps: between rows of metrics.
     eval_every_epochs: between evaluations of narrowest and widest in Stage I,
       each with a save; 0 evaluates at the end only.
@@ -104,6 +108,8 @@ class Experiment:
   calibrate: calibrate_lib.CalibrateConfig = calibrate_lib.CalibrateConfig()
   init: InitConfig = InitConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  parallel: parallel_lib.ParallelConfig = parallel_lib.ParallelConfig()
+  monitor: monitor_lib.MonitorConfig = monitor_lib.MonitorConfig()
   seed: int = 0
   log_every_steps: int = 50
   eval_every_epochs: float = 1
@@ -139,6 +145,8 @@ class Experiment:
       'gate': gate_lib.GateConfig,
       'init': InitConfig,
       'checkpoint': CheckpointConfig,
+      'parallel': parallel_lib.ParallelConfig,
+      'monitor': monitor_lib.MonitorConfig,
     }
     values = dict(config)
     for name, section in sections.items():
@@ -274,10 +282,14 @@ class Experiment:
     mean, std = data.channel_statistics(self.dataset.name)
     return data.normalize(images, mean, std)
 
-  def make_stages(self, model, mesh: jax.sharding.Mesh):
+  def make_stages(self, model, executor: parallel_lib.Executor):
     """Returns the stages, in order, by `STAGES`' names."""
     self.check_dataset()
-    common = {'model': model, 'normalize': self.normalize, 'mesh': mesh}
+    common = {
+      'model': model,
+      'normalize': self.normalize,
+      'executor': executor,
+    }
 
     def schedule(num_epochs, part):
       steps_per_epoch = self.steps_per_epoch(part)

@@ -30,10 +30,10 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from ds_jax import mesh as mesh_lib
-from ds_jax import models, validation
+from ds_jax import models, parallel, validation
 from ds_jax.train import losses, optimizer
 
 TARGETS = ('sandwich', 'correctness')
@@ -131,7 +131,7 @@ class Gate:
     num_steps: int,
     steps_per_epoch: int,
     seed: int,
-    mesh: jax.sharding.Mesh,
+    executor: parallel.Executor,
   ):
     """Compiles nothing yet.
 
@@ -143,7 +143,7 @@ class Gate:
       num_steps: how long.
       steps_per_epoch: for the warm-up.
       seed: of the Gumbel noise.
-      mesh: the devices.
+      executor: runs the step on the devices.
 
     Raises:
       ValueError: if `target_madds` is out of the routing space's reach.
@@ -151,7 +151,7 @@ class Gate:
     self.config = config
     self.num_steps = num_steps
     self.seed = seed
-    self.mesh = mesh
+    self.executor = executor
     self._architecture = models.Architecture(model)
     self._normalize = normalize
     # Not integers: those of a large network overflow JAX's 32 bits.
@@ -163,26 +163,27 @@ class Gate:
       config.optimizer, num_steps, steps_per_epoch
     )
     self._optimizer = optimizer.make_optimizer(config.optimizer, self._schedule)
-    self._step = jax.jit(
+    self._step = executor.compile(
       self._update_head,
-      out_shardings=mesh_lib.replicated(self.mesh),
-      donate_argnames='state',
+      [parallel.STATE, parallel.BATCH, parallel.BATCH, parallel.WHOLE],
+      (parallel.STATE, parallel.WHOLE),
+      donate=[0],
+    )
+    self._init_optimizer = executor.compile(
+      self._optimizer.init, [parallel.STATE], parallel.STATE
     )
 
   def init(self, variables: models.Variables) -> GateState:
     """Returns the state before the first step."""
-    network = mesh_lib.replicate(self.mesh, variables)
-    head = mesh_lib.replicate(self.mesh, head_of(variables))
-    opt_state = jax.jit(
-      self._optimizer.init, out_shardings=mesh_lib.replicated(self.mesh)
-    )(head)
-    price = mesh_lib.replicate(self.mesh, jnp.float32(0))
-    return GateState(network, head, opt_state, price)
+    put = self.executor.put
+    network, head = put(variables), put(head_of(variables))
+    opt_state = self._init_optimizer(head)
+    return GateState(network, head, opt_state, put(np.float32(0)))
 
   def step(self, state: GateState, batch, step: int):
     """Runs one update; see `Supernet.step`."""
-    batch = mesh_lib.shard_batch(self.mesh, batch)
-    return self._step(state, batch['images'], batch['labels'], jnp.int32(step))
+    batch = self.executor.put_batch(batch)
+    return self._step(state, batch['images'], batch['labels'], np.int32(step))
 
   def _update_head(self, state, images, labels, step):
     features, logits = self._forward(state.network, images)
@@ -190,6 +191,7 @@ class Gate:
     gradient, metrics = jax.grad(self._loss, has_aux=True)(
       state.head, state, features, logits, labels, key
     )
+    gradient, metrics = self.executor.mean((gradient, metrics))
     updates, opt_state = self._optimizer.update(
       gradient, state.opt_state, state.head
     )
@@ -213,13 +215,14 @@ class Gate:
 
   def _forward(self, network, images):
     """Returns the trunk's features and all buckets' logits (K, N, C)."""
-    model = self._architecture.bind(network)
+    model = self._architecture.bind(self.executor.whole(network))
     features = model.trunk(self._normalize(images))
     logits = [model.branch(features, s) for s in model.routing_space]
     return features, jnp.stack(logits)
 
   def _loss(self, head, state, features, logits, labels, key):
-    model = self._architecture.bind(_with_head(state.network, head))
+    network = self.executor.whole(_with_head(state.network, head))
+    model = self._architecture.bind(network)
     gate_logits = model.gate_logits(features)
     if self.config.target == 'correctness':
       return self._correctness_loss(gate_logits, logits, labels)
@@ -233,8 +236,9 @@ class Gate:
 
   def _sandwich_loss(self, gate_logits, logits, labels, price, key):
     config = self.config
+    noise = self.executor.draw(jax.random.gumbel, key, gate_logits.shape)
     one_hot = losses.straight_through_gumbel(
-      key, gate_logits, config.temperature
+      noise, gate_logits, config.temperature
     )
     # In full precision, so that a one-hot picks its logits exactly.
     routed = jnp.einsum('nk,knc->nc', one_hot, logits, precision='highest')
@@ -246,7 +250,7 @@ class Gate:
     task = losses.cross_entropy(routed, labels, config.label_smoothing)
     loss = config.sandwich_weight * sandwich + config.routed_weight * task
     madds = jnp.asarray(self._madds, jnp.float32)
-    argmax_madds = madds[gate_logits.argmax(-1)].mean()
+    argmax_madds = self.executor.mean(madds[gate_logits.argmax(-1)].mean())
     loss += self._madds_term(one_hot, price, argmax_madds)
     metrics = {
       'loss/sandwich': sandwich,

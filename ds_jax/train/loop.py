@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import signal
 import time
 from typing import Any
 
@@ -14,10 +13,19 @@ from absl import logging
 from clu import parameter_overview
 from flax import serialization
 
-from ds_jax import checkpoint, data, evaluate, models, report, routing
-from ds_jax import mesh as mesh_lib
+from ds_jax import (
+  checkpoint,
+  data,
+  evaluate,
+  hosts,
+  models,
+  parallel,
+  report,
+  routing,
+)
 from ds_jax.train import experiment as experiments
 from ds_jax.train import metrics as metrics_lib
+from ds_jax.train import monitor
 
 # Stages that read shuffled images.
 _NUM_ORDERS = 3
@@ -101,19 +109,22 @@ class Run:
     """Builds the model and the stages, and opens the workdir.
 
     Raises:
+      CheckpointError: if the workdir can't be written.
       ConfigError: if the parts can't be built.
+      HostError: if the processes don't run the same.
     """
-    self._mesh = mesh_lib.make_mesh()
+    self._workdir = _local_path(workdir)
     try:
       self._experiment = experiments.Experiment.from_config(config)
-      mesh_lib.check_batch_size(self._mesh, self._experiment.micro_batch_size)
+      hosts.check_same_run(_flatten(dataclasses.asdict(self._experiment)))
+      self._executor = parallel.Executor(self._experiment.parallel)
+      self._executor.check_batch_size(self._experiment.micro_batch_size)
       self._model = self._experiment.create_model()
-      self.stages = self._experiment.make_stages(self._model, self._mesh)
+      self.stages = self._experiment.make_stages(self._model, self._executor)
     except ValueError as error:
       raise experiments.ConfigError(str(error)) from error
-    self._workdir = pathlib.Path(workdir).expanduser()
     self._evaluator = evaluate.Evaluator(
-      self._model, self._experiment.normalize, self._mesh
+      self._model, self._experiment.normalize, self._executor
     )
     self._checkpointer = checkpoint.Checkpointer(
       checkpoint.directory_of(workdir),
@@ -123,10 +134,19 @@ class Run:
     self._writer = metrics_lib.MetricWriter(
       self._workdir, enabled=jax.process_index() == 0
     )
-    self._termination = _TerminationSignal()
+    self._termination = hosts.Termination()
+    self._clock = monitor.Clock()
+    self._profile = monitor.Profile(self._experiment.monitor, self._workdir)
+    self._watchdog = monitor.Watchdog(self._experiment.monitor.watchdog_seconds)
     self._resources = contextlib.ExitStack()
-    self._resources.callback(self._writer.close)
-    self._resources.callback(self._checkpointer.close)
+    for part in (
+      self._writer,
+      self._checkpointer,
+      self._clock,
+      self._profile,
+      self._watchdog,
+    ):
+      self._resources.callback(part.close)
 
   def __enter__(self) -> 'Run':
     return self
@@ -171,7 +191,7 @@ class Run:
       self.stages[position.stage].num_steps,
       checkpoint.directory_of(self._workdir),
     )
-    return position, mesh_lib.replicate(self._mesh, state)
+    return position, self._executor.put(state)
 
   def train_stage(self, position: Position, state: Any) -> Any:
     """Runs the rest of a stage, and saves at its end at the latest.
@@ -192,20 +212,33 @@ class Run:
       self._termination,
     ):
       for step in range(position.step, stage.num_steps):
-        state, scalars = stage.step(state, next(batches), step)
-        progress.add(scalars)
-        self._after_step(Position(position.stage, step + 1), state, progress)
+        with self._clock.spent_on('data'):
+          batch = next(batches)
+        done = Position(position.stage, step + 1)
+        with self._profile.step(self._global_step(done) - 1):
+          state, scalars = stage.step(state, batch, step)
+          progress.add(scalars)
+        self._watchdog.reset(f'step {done.step} of {stage.name}')
+        self._after_step(done, state, progress)
     return state
 
   def evaluate(self, state: Any) -> evaluate.Results:
     """Sweeps the test images; writes and prints the results."""
-    sweep = self._evaluator.sweep(state.network, self._eval_batches())
+    image_size = self._experiment.dataset.image_size
+    gate = self._experiment.prediction_meta['gate']
+    held_out = routing.images_held_out(serialization.to_state_dict(state))
+    router = routing.gate_at_target(
+      held_out, routing.BucketCosts.of_model(self._model, image_size), **gate
+    )
     results = evaluate.results(
-      sweep,
+      self._evaluator.sweep(state.network, self._eval_batches()),
       self._model,
-      self._experiment.dataset.image_size,
-      gate=self._experiment.prediction_meta['gate'],
-      held_out=routing.images_held_out(serialization.to_state_dict(state)),
+      image_size,
+      gate=gate,
+      held_out=held_out,
+      routed=self._evaluator.routed_sweep(
+        state.network, router, self._eval_batches()
+      ),
     )
     if jax.process_index() == 0:
       report.write(results, self._workdir)
@@ -218,7 +251,7 @@ class Run:
     """Logs, evaluates, saves and stops, each when it is due."""
     experiment = self._experiment
     # Read once: a signal may come at any moment.
-    stops = self._termination.received
+    stops = self._termination.is_due(self._global_step(done))
     ends = done.step == self.stages[done.stage].num_steps
     evaluates = experiments.STAGES[done.stage] == 'supernet' and (
       ends or done.step % experiment.eval_every_steps == 0
@@ -232,7 +265,12 @@ class Run:
     if saves or done.step % experiment.log_every_steps == 0:
       self._log(done, progress)
     if saves:
-      self._save(done, state, self._ends(done, state) if evaluates else None)
+      scores = None
+      if evaluates:
+        with self._clock.spent_on('evaluate'):
+          scores = self._ends(done, state)
+      with self._clock.spent_on('save'):
+        self._save(done, state, scores)
       progress.restart()
     if stops:
       self._checkpointer.wait()
@@ -253,6 +291,7 @@ class Run:
         f' {stage}.optimizer.learning_rate or set'
         f' {stage}.optimizer.clip_norm, in a new workdir.'
       )
+    scalars |= {**self._clock.read(), **monitor.device_memory()}
     self._writer.write(self._global_step(done), stage, scalars)
 
   def _ends(self, done: Position, state) -> dict[str, float]:
@@ -351,23 +390,6 @@ class _Progress:
     }
 
 
-class _TerminationSignal:
-  """While it is entered, notes a SIGTERM for the loop to act on."""
-
-  def __init__(self):
-    self.received = False
-
-  def __enter__(self) -> None:
-    self._previous = signal.signal(signal.SIGTERM, self._receive)
-
-  def __exit__(self, *exc_info) -> None:
-    signal.signal(signal.SIGTERM, self._previous)
-
-  def _receive(self, signum, frame) -> None:
-    del signum, frame
-    self.received = True
-
-
 # Where the images are and how they are read, not what they are.
 _FREE_FIELDS = ('dataset.data_dir', 'dataset.num_threads')
 
@@ -395,6 +417,17 @@ def _check_same_config(saved, given, position: Position) -> None:
       + '; '.join(differences)
       + '. Restore these values to resume it, or choose a new workdir.'
     )
+
+
+def _local_path(workdir: str) -> pathlib.Path:
+  """Returns the workdir; metrics are appended, which object stores can't."""
+  if '://' in str(workdir):
+    raise experiments.ConfigError(
+      f'--workdir={workdir}: expected a folder of a file system, which all'
+      ' hosts share; mount the bucket (Cloud Storage FUSE does) and give its'
+      ' path.'
+    )
+  return pathlib.Path(workdir).expanduser()
 
 
 def _flatten(config, prefix='') -> dict[str, Any]:

@@ -75,12 +75,12 @@ def sandwich_labels(
 
 
 def straight_through_gumbel(
-  key: jax.Array, logits: jax.Array, temperature: float = 1.0
+  noise: jax.Array, logits: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
   """A one-hot sample of softmax(logits) with the relaxed sample's gradient.
 
   Args:
-    key: for the Gumbel noise.
+    noise: (N, K), Gumbel noise.
     logits: (N, K).
     temperature: of the relaxed sample.
 
@@ -88,7 +88,7 @@ def straight_through_gumbel(
     (N, K): one-hot in value, `softmax((logits + noise) / temperature)` in
     gradient.
   """
-  noisy = (logits + jax.random.gumbel(key, logits.shape)) / temperature
+  noisy = (logits + noise) / temperature
   soft = jax.nn.softmax(noisy)
   hard = jax.nn.one_hot(noisy.argmax(-1), logits.shape[-1])
   # Grouped so that the forward value is `hard` to the bit.

@@ -13,7 +13,6 @@ ours, since the paper's is not public.
 """
 
 import dataclasses
-import functools
 
 import flax.struct
 import jax
@@ -21,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ds_jax import mesh as mesh_lib
-from ds_jax import models, validation
+from ds_jax import models, parallel, validation
 from ds_jax.train import losses, optimizer
 
 
@@ -77,6 +75,10 @@ class SupernetState:
   opt_state: optax.OptState
 
 
+# Images, and labels or targets.
+_ROWS = (parallel.BATCH, parallel.BATCH)
+
+
 class Supernet:
   """Stage I as `init` and `step`; its result is `state.network`."""
 
@@ -91,7 +93,7 @@ class Supernet:
     num_steps: int,
     steps_per_epoch: int,
     seed: int,
-    mesh: jax.sharding.Mesh,
+    executor: parallel.Executor,
   ):
     """Compiles nothing yet.
 
@@ -102,7 +104,7 @@ class Supernet:
       num_steps: how long.
       steps_per_epoch: for the warm-up.
       seed: of sub-network draws and dropout.
-      mesh: the devices.
+      executor: runs the passes on the devices.
 
     Raises:
       ValueError: if the model has too few sub-networks for `num_random`.
@@ -110,7 +112,7 @@ class Supernet:
     self.config = config
     self.num_steps = num_steps
     self.seed = seed
-    self.mesh = mesh
+    self.executor = executor
     self._architecture = models.Architecture(model)
     self._normalize = normalize
     self._narrowest, self._widest = model.narrowest, model.widest
@@ -131,26 +133,45 @@ class Supernet:
     self._compile()
 
   def _compile(self):
-    jit = functools.partial(
-      jax.jit, out_shardings=mesh_lib.replicated(self.mesh)
+    compile = self.executor.compile
+    variables = models.Variables(parallel.STATE, parallel.SUM)
+    self._teach = compile(
+      self._soft_targets,
+      [parallel.STATE, parallel.BATCH],
+      parallel.BATCH,
+      static=['subnet'],
     )
-    # Teachers' outputs stay split along the batch, like the images.
-    self._teach = jax.jit(self._soft_targets, static_argnames='subnet')
-    self._widest_gradient = jit(self._widest_pass)
-    self._student_gradient = jit(
+    self._widest_gradient = compile(
+      self._widest_pass,
+      [variables, *_ROWS, parallel.WHOLE, parallel.SUM],
+      (parallel.SUM, parallel.SUM, parallel.WHOLE),
+    )
+    self._student_gradient = compile(
       self._student_pass,
-      static_argnames='subnet',
-      donate_argnames='gradient',
+      [variables, *_ROWS, parallel.SUM],
+      (parallel.SUM, parallel.SUM, parallel.WHOLE),
+      static=['subnet'],
+      donate=[3],
     )
-    self._update = jit(self._apply_gradient, donate_argnames='state')
+    self._update = compile(
+      self._apply_gradient,
+      [
+        SupernetState(variables, parallel.STATE, parallel.STATE),
+        parallel.SUM,
+        parallel.WHOLE,
+      ],
+      (parallel.STATE, parallel.WHOLE),
+      donate=[0],
+    )
+    self._init_optimizer = compile(
+      self._optimizer.init, [parallel.STATE], parallel.STATE
+    )
 
   def init(self, variables: models.Variables) -> SupernetState:
     """Returns the state before the first step."""
-    variables = mesh_lib.replicate(self.mesh, variables)
-    opt_state = jax.jit(
-      self._optimizer.init, out_shardings=mesh_lib.replicated(self.mesh)
-    )(variables.params)
-    network = mesh_lib.replicate(self.mesh, variables)
+    network = self.executor.put(variables)
+    variables = self.executor.put(variables)
+    opt_state = self._init_optimizer(variables.params)
     return SupernetState(variables, network, opt_state)
 
   def step(self, state: SupernetState, batch, step: int):
@@ -169,11 +190,11 @@ class Supernet:
     micro_batches = self.config.accumulation_steps
     parts = {k: np.split(v, micro_batches) for k, v in batch.items()}
     gradient = None
-    batch_stats = state.variables.batch_stats
+    batch_stats = self.executor.spread(state.variables.batch_stats)
     all_metrics = []
     for i in range(micro_batches):
       part = {name: array[i] for name, array in parts.items()}
-      part = mesh_lib.shard_batch(self.mesh, part)
+      part = self.executor.put_batch(part)
       variables = state.variables.replace(batch_stats=batch_stats)
       key = jax.random.fold_in(
         jax.random.key(self.seed), step * micro_batches + i
@@ -185,7 +206,7 @@ class Supernet:
     state, update_metrics = self._update(
       state.replace(variables=state.variables.replace(batch_stats=batch_stats)),
       gradient,
-      jnp.int32(step),
+      np.int32(step),
     )
     metrics = all_metrics[0]
     if micro_batches > 1:
@@ -234,7 +255,7 @@ class Supernet:
     return gradient, batch_stats, metrics
 
   def _soft_targets(self, teacher, images, subnet):
-    model = self._architecture.bind(teacher)
+    model = self._architecture.bind(self.executor.whole(teacher))
     return jax.nn.softmax(model(self._normalize(images), subnet))
 
   def _widest_pass(self, variables, images, labels, key, gradient):
@@ -246,8 +267,11 @@ class Supernet:
     )
     if gradient is not None:
       new = jax.tree.map(jnp.add, gradient, new)
-    accuracy = (logits.argmax(-1) == labels).mean()
-    return new, batch_stats, {'loss/widest': loss, 'accuracy': accuracy}
+    metrics = {
+      'loss/widest': loss,
+      'accuracy': (logits.argmax(-1) == labels).mean(),
+    }
+    return new, batch_stats, self.executor.mean(metrics)
 
   def _student_pass(self, variables, images, targets, gradient, subnet):
     def loss_fn(logits):
@@ -256,13 +280,17 @@ class Supernet:
     loss, _, new, batch_stats = self._gradient(
       variables, images, subnet, loss_fn
     )
-    return jax.tree.map(jnp.add, gradient, new), batch_stats, loss
+    gradient = jax.tree.map(jnp.add, gradient, new)
+    return gradient, batch_stats, self.executor.mean(loss)
 
   def _gradient(self, variables, images, subnet, loss_fn, key=None):
     images = self._normalize(images)
+    if key is not None:
+      key = self.executor.key_of_replica(key)
 
     def forward(params):
-      model = self._architecture.bind(variables.replace(params=params))
+      whole = self.executor.whole(variables.replace(params=params))
+      model = self._architecture.bind(whole)
       logits = model(images, subnet, momentum=self.config.momentum, rng=key)
       batch_stats = models.variables_of(model).batch_stats
       return loss_fn(logits), (logits, batch_stats)
@@ -273,6 +301,10 @@ class Supernet:
     return loss, logits, gradient, batch_stats
 
   def _apply_gradient(self, state, gradient, step):
+    # The only place where the replicas meet.
+    gradient, batch_stats = self.executor.mean(
+      (gradient, state.variables.batch_stats)
+    )
     if self.config.accumulation_steps > 1:
       share = 1 / self.config.accumulation_steps
       gradient = jax.tree.map(lambda g: g * share, gradient)
@@ -280,9 +312,8 @@ class Supernet:
     updates, opt_state = self._optimizer.update(
       gradient, state.opt_state, params
     )
-    variables = state.variables.replace(
-      params=optax.apply_updates(params, updates)
-    )
+    params = optax.apply_updates(params, updates)
+    variables = models.Variables(params, batch_stats)
     network = optimizer.moving_average(
       variables, state.network, self.config.ema_decay, step
     )

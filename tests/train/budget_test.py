@@ -10,8 +10,7 @@ from absl.testing import parameterized
 from flax import serialization
 
 import micro
-from ds_jax import checkpoint, models, routing
-from ds_jax import mesh as meshes
+from ds_jax import checkpoint, models, parallel, routing
 from ds_jax.train import budget
 from models import fixed
 
@@ -40,9 +39,9 @@ def make_batches():
 
 
 def make_stage(model, num_steps=3, num_devices=1):
-  mesh = meshes.make_mesh(jax.devices()[:num_devices])
+  executor = parallel.Executor(devices=jax.devices()[:num_devices])
   return budget.Budget(
-    model, normalize, mesh=mesh, num_steps=num_steps, batch_size=BATCH
+    model, normalize, executor=executor, num_steps=num_steps, batch_size=BATCH
   )
 
 

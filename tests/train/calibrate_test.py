@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from ds_jax import mesh as meshes
-from ds_jax import models
+from ds_jax import models, parallel
 from ds_jax.train import calibrate
 
 
@@ -39,9 +38,9 @@ def make_batches():
 
 def calibrated(model, variables, batches):
   """The network after a step for each batch."""
-  mesh = meshes.make_mesh(jax.devices()[:1])
+  executor = parallel.Executor(devices=jax.devices()[:1])
   config = calibrate.CalibrateConfig(num_batches=len(batches))
-  stage = calibrate.Calibrate(config, model, normalize, mesh=mesh)
+  stage = calibrate.Calibrate(config, model, normalize, executor=executor)
   assert stage.num_steps == len(batches)
   state = stage.init(variables)
   for step, images in enumerate(batches):

@@ -1,4 +1,4 @@
-"""Tests that eight devices train like one."""
+"""Tests that many devices train like one, with either executor."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from ds_jax import mesh as meshes
-from ds_jax import models
-from ds_jax.train import calibrate, gate, optimizer, supernet
+from ds_jax import models, parallel
+from ds_jax.train import budget, calibrate, gate, optimizer, supernet
 
 BATCH_SIZE, NUM_STEPS = 16, 3
+STAGES = ('supernet', 'calibrate', 'gate', 'budget')
 
 
 def normalize(images):
@@ -25,22 +25,38 @@ def make_batch(step, size=BATCH_SIZE):
   }
 
 
-def create_model():
+def create_model(dropout_rate=0.2):
   return models.create_abstract_model(
     'ds_mobilenet',
     3,
     stem_widths=(4, 8),
     stages=(dict(widths=(4, 6, 8)),),
     gate_stage=0,
-    dropout_rate=0.2,
+    dropout_rate=dropout_rate,
   )
 
 
-def random_variables(model):
+def create_vit():
+  """Without batch norm; wide enough for arrays that fsdp shards."""
+  stage = dict(widths=(32, 64), heads=(1, 2), hidden=(32, 64), depths=(1, 1))
+  return models.create_abstract_model(
+    'ds_vit_cifar',
+    3,
+    image_size=8,
+    head_dim=16,
+    stages=(
+      dict(widths=(64,), heads=(2,), hidden=(64,), depths=(1,)),
+      stage,
+      stage,
+    ),
+  )
+
+
+def random_variables(model, scale=0.5):
   rng = np.random.default_rng(0)
 
   def fill(path, array):
-    noise = rng.normal(0, 0.5, array.shape).astype(np.float32)
+    noise = rng.normal(0, scale, array.shape).astype(np.float32)
     positive = path.endswith(('scale', 'variance'))
     return jnp.asarray(np.exp(noise) if positive else noise)
 
@@ -51,81 +67,93 @@ def random_variables(model):
   )
 
 
-def make_stages(mesh, accumulation_steps=1):
-  model = create_model()
+def executor(num_devices, name='pjit', fsdp=1):
+  config = parallel.ParallelConfig(name, fsdp)
+  return parallel.Executor(config, jax.devices()[:num_devices])
+
+
+def make_stage(name, executor, model, accumulation_steps=1, num_random=1):
   sgd = optimizer.OptimizerConfig(learning_rate=0.1, weight_decay=1e-4)
-  options = dict(num_steps=10, steps_per_epoch=10, seed=0, mesh=mesh)
-  return (
-    supernet.Supernet(
-      supernet.SupernetConfig(
-        num_epochs=1,
-        optimizer=sgd,
-        num_random=1,
-        ensemble=True,
-        accumulation_steps=accumulation_steps,
-      ),
-      model,
-      normalize,
-      **options,
-    ),
-    calibrate.Calibrate(
-      calibrate.CalibrateConfig(NUM_STEPS), model, normalize, mesh=mesh
-    ),
-    gate.Gate(
-      gate.GateConfig(num_epochs=1, optimizer=sgd, target_madds=2.8e3),
-      model,
-      normalize,
-      image_size=8,
-      **options,
-    ),
-  )
+  common = dict(model=model, normalize=normalize, executor=executor)
+  options = dict(num_steps=10, steps_per_epoch=10, seed=0)
+  if name == 'supernet':
+    config = supernet.SupernetConfig(
+      num_epochs=1,
+      optimizer=sgd,
+      num_random=num_random,
+      ensemble=True,
+      accumulation_steps=accumulation_steps,
+    )
+    return supernet.Supernet(config, **common, **options)
+  if name == 'calibrate':
+    config = calibrate.CalibrateConfig(NUM_STEPS)
+    return calibrate.Calibrate(config, **common)
+  if name == 'gate':
+    madds = [model.cost(s, 8).madds for s in model.routing_space]
+    target = (madds[0] + madds[-1]) / 2
+    config = gate.GateConfig(num_epochs=1, optimizer=sgd, target_madds=target)
+    return gate.Gate(config, image_size=8, **common, **options)
+  return budget.Budget(num_steps=NUM_STEPS, batch_size=BATCH_SIZE, **common)
+
+
+def train(stage, variables):
+  state, all_metrics = stage.init(variables), []
+  for step in range(NUM_STEPS):
+    batch = make_batch(step)
+    if stage.name == 'budget':
+      batch['mask'] = np.arange(BATCH_SIZE) < BATCH_SIZE - step
+    state, metrics = stage.step(state, batch, step)
+    all_metrics.append(metrics)
+  return state, all_metrics
+
+
+def assert_near(found, expected, tolerance=1e-4):
+  """Equal, within a share of each array's largest number."""
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for (path, one), other in zip(
+    jax.tree_util.tree_leaves_with_path(found),
+    jax.tree.leaves(expected),
+    strict=True,
+  ):
+    other = np.asarray(other)
+    scale = max(np.abs(other).max(), 1e-2)
+    np.testing.assert_allclose(
+      one, other, rtol=0, atol=tolerance * scale, err_msg=str(path)
+    )
 
 
 class DevicesTest(parameterized.TestCase):
+  """The global batch is the same, so are sub-networks, dropout and noise.
+
+  What differs is the order of sums: within devices, then over them. That is
+  some float32 roundings (6e-8), which batch norm and three steps make larger.
+  Statistics or losses of an eighth of the batch would be off by 0.1 or more.
+  """
+
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
     assert jax.device_count() == 8
-    cls.variables = random_variables(create_model())
-    cls.meshes = {n: meshes.make_mesh(jax.devices()[:n]) for n in (1, 8)}
-    cls.stages = {n: make_stages(mesh) for n, mesh in cls.meshes.items()}
+    cls.model = create_model()
+    cls.variables = random_variables(cls.model)
+    cls.stages = {
+      (name, n): make_stage(name, executor(n), cls.model)
+      for name in STAGES
+      for n in (1, 8)
+    }
     # Each stage starts where one device left the stage before.
     start = cls.variables
-    cls.runs = {}
-    for i, name in enumerate(('supernet', 'calibrate', 'gate')):
-      cls.runs[name] = {
-        n: cls.train(stages[i], start) for n, stages in cls.stages.items()
-      }
+    cls.starts, cls.runs = {}, {}
+    for name in STAGES:
+      cls.starts[name] = start
+      cls.runs[name] = {n: train(cls.stages[name, n], start) for n in (1, 8)}
       start = jax.tree.map(np.asarray, cls.runs[name][1][0].network)
 
-  @staticmethod
-  def train(stage, variables):
-    state, all_metrics = stage.init(variables), []
-    for step in range(NUM_STEPS):
-      state, metrics = stage.step(state, make_batch(step), step)
-      all_metrics.append(metrics)
-    return state, all_metrics
-
-  # The global batch is the same, so are sub-networks, dropout and noise. What
-  # differs is the order of sums: within devices, then over them. That is some
-  # float32 roundings (6e-8), which batch norm and three steps make larger.
-  # Statistics or losses of an eighth of the batch would be off by 0.1 or more.
-  @parameterized.parameters('supernet', 'calibrate', 'gate')
+  @parameterized.parameters(*STAGES)
   def test_eight_devices_equal_one(self, name):
-    one, eight = (self.runs[name][n] for n in (1, 8))
-    assert jax.tree.structure(one) == jax.tree.structure(eight)
-    for (path, found), expected in zip(
-      jax.tree_util.tree_leaves_with_path(eight),
-      jax.tree.leaves(one),
-      strict=True,
-    ):
-      expected = np.asarray(expected)
-      scale = max(np.abs(expected).max(), 1e-2)
-      np.testing.assert_allclose(
-        found, expected, rtol=0, atol=1e-4 * scale, err_msg=str(path)
-      )
+    assert_near(self.runs[name][8], self.runs[name][1])
 
-  @parameterized.parameters('supernet', 'calibrate', 'gate')
+  @parameterized.parameters(*STAGES)
   def test_every_device_holds_the_whole_state(self, name):
     state, all_metrics = self.runs[name][8]
     for array in jax.tree.leaves((state, all_metrics)):
@@ -133,7 +161,8 @@ class DevicesTest(parameterized.TestCase):
 
   def test_stages_changed_something(self):
     networks = [self.variables]
-    networks += [runs[8][0].network for runs in self.runs.values()]
+    names = ('supernet', 'calibrate', 'gate')
+    networks += [self.runs[name][8][0].network for name in names]
     for before, after in zip(networks, networks[1:], strict=False):
       assert any(
         (np.asarray(one) != np.asarray(other)).any()
@@ -142,34 +171,177 @@ class DevicesTest(parameterized.TestCase):
         )
       )
 
-  @parameterized.parameters(0, 1, 2)
-  def test_batch_that_does_not_divide_is_refused(self, i):
-    stage = self.stages[8][i]
+  # Batch norm is frozen there, and noise drawn for the global batch.
+  @parameterized.parameters('gate', 'budget')
+  def test_replicas_equal_one_device_where_batch_norm_is_frozen(self, name):
+    stage = make_stage(name, executor(8, 'pmap'), self.model)
+    assert_near(train(stage, self.starts[name]), self.runs[name][1])
+
+  def test_replicas_calibrate_to_the_mean_of_their_statistics(self):
+    """Each of the statistics of its own two images."""
+    replicas = make_stage('calibrate', executor(8, 'pmap'), self.model)
+    batch = make_batch(0)
+    state, _ = replicas.step(replicas.init(self.variables), batch, 0)
+    one, parts = self.stages['calibrate', 1], []
+    for images in np.split(batch['images'], 8):
+      alone, _ = one.step(one.init(self.variables), {'images': images}, 0)
+      parts.append(alone.network.batch_stats)
+    mean = jax.tree.map(lambda *rows: np.mean(rows, 0), *parts)
+    assert_near(state.network.batch_stats, mean)
+
+  @parameterized.parameters('supernet', 'calibrate', 'gate')
+  def test_batch_that_does_not_divide_is_refused(self, name):
+    stage = self.stages[name, 8]
     state = stage.init(self.variables)
     with pytest.raises(ValueError, match='12 does not divide over 8 devices'):
       stage.step(state, make_batch(0, size=12), 0)
 
   def test_micro_batch_that_does_not_divide_is_refused(self):
-    stage = make_stages(self.meshes[8], accumulation_steps=4)[0]
+    stage = make_stage('supernet', executor(8), self.model, 4)
     state = stage.init(self.variables)
     with pytest.raises(ValueError, match='4 does not divide over 8 .*micro-ba'):
       stage.step(state, make_batch(0), 0)
 
 
-class MeshTest(parameterized.TestCase):
+class ReplicasTest(parameterized.TestCase):
+  def test_replicas_that_see_the_same_equal_the_global_batch(self):
+    """Two images, the same on each of eight: their statistics are all's.
+
+    For one step: after it the running variances, which the teacher uses,
+    differ, being the unbiased ones of 2 and of 16 images.
+    """
+    model = create_model(dropout_rate=0.0)
+    batch = {
+      k: np.tile(v, (8,) + (1,) * (v.ndim - 1))
+      for k, v in make_batch(0, size=2).items()
+    }
+    one, many = (
+      stage.step(stage.init(random_variables(model)), batch, 0)[0]
+      for stage in (
+        make_stage('supernet', e, model)
+        for e in (executor(1), executor(8, 'pmap'))
+      )
+    )
+    assert_near(many.variables.params, one.variables.params)
+    assert_near(many.network.params, one.network.params)
+    for path, mean in one.variables.batch_stats.items():
+      if path.endswith('mean'):
+        assert_near(many.variables.batch_stats[path], mean)
+
+  def test_replicas_have_batch_norms_of_their_own(self):
+    """The published way: it is not what the global batch gives."""
+    model = create_model(dropout_rate=0.0)
+    one, many = (
+      train(make_stage('supernet', e, model), random_variables(model))[0]
+      for e in (executor(1), executor(8, 'pmap'))
+    )
+    kernel = 'classifier/kernel'
+    difference = np.abs(
+      np.subtract(many.variables.params[kernel], one.variables.params[kernel])
+    )
+    assert difference.max() > 1e-3
+
+  def test_replicas_have_keys_of_their_own(self):
+    replicas = executor(8, 'pmap')
+
+    def run(key, rows):
+      key = replicas.key_of_replica(key)
+      return jax.random.uniform(key, rows.shape)
+
+    draw = replicas.compile(
+      run, [parallel.WHOLE, parallel.BATCH], parallel.BATCH
+    )
+    drawn = draw(jax.random.key(0), replicas.put_batch(np.zeros(8)))
+    assert len(set(np.asarray(drawn).tolist())) == 8
+
+  def test_noise_of_replicas_is_that_of_the_global_batch(self):
+    def draw(executor):
+      def run(key, rows):
+        return executor.draw(jax.random.gumbel, key, (len(rows), 3))
+
+      compiled = executor.compile(
+        run, [parallel.WHOLE, parallel.BATCH], parallel.BATCH
+      )
+      return compiled(jax.random.key(1), executor.put_batch(np.zeros(16)))
+
+    np.testing.assert_array_equal(draw(executor(8, 'pmap')), draw(executor(8)))
+
+
+class WithoutBatchNormTest(parameterized.TestCase):
+  """A ViT: executors and layouts differ in nothing but roundings."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.model = create_vit()
+    cls.variables = random_variables(cls.model, scale=0.1)
+    cls.one = {name: cls.run_with(executor(1), name) for name in STAGES[::2]}
+
+  @classmethod
+  def run_with(cls, executor, name):
+    stage = make_stage(name, executor, cls.model, num_random=0)
+    return train(stage, cls.variables)
+
+  @parameterized.product(
+    name=STAGES[::2], layout=(('pmap', 1), ('pjit', 2), ('pjit', 8))
+  )
+  def test_replicas_and_shards_equal_one_device(self, name, layout):
+    assert_near(self.run_with(executor(8, *layout), name), self.one[name])
+
+  def test_parameters_optimiser_and_average_are_sharded_alike(self):
+    state, _ = self.run_with(executor(8, fsdp=4), 'supernet')
+    kernel = 'stages/1/0/expand/kernel'
+    momentum = [
+      array
+      for path, array in jax.tree_util.tree_leaves_with_path(state.opt_state)
+      if kernel in jax.tree_util.keystr(path)
+    ]
+    assert len(momentum) == 1
+    for array in (
+      state.variables.params[kernel],
+      state.network.params[kernel],
+      *momentum,
+    ):
+      assert array.shape == (64, 64)
+      assert array.addressable_shards[0].data.shape == (16, 64)
+    # Not worth a collective.
+    assert state.variables.params['norm/scale'].is_fully_replicated
+
+
+class ExecutorTest(parameterized.TestCase):
   def test_batches_are_split_and_parameters_copied(self):
-    mesh = meshes.make_mesh()
+    executor = parallel.Executor()
     batch = make_batch(0)
-    split = meshes.shard_batch(mesh, batch)
+    split = executor.put_batch(batch)
     for name, array in batch.items():
       np.testing.assert_array_equal(split[name], array)
       for i, shard in enumerate(split[name].addressable_shards):
         np.testing.assert_array_equal(shard.data, array[2 * i : 2 * i + 2])
-    assert len(meshes.replicate(mesh, batch)['images'].devices()) == 8
+    assert len(executor.put(batch)['images'].devices()) == 8
 
-  def test_replicated_arrays_are_copies(self):
-    mesh = meshes.make_mesh(jax.devices()[:1])
+  def test_laid_out_arrays_are_copies(self):
     array = jnp.arange(4.0)
-    copy = meshes.replicate(mesh, array)
+    copy = executor(1).put(array)
     jax.jit(lambda x: x + 1, donate_argnums=0)(copy)
     np.testing.assert_array_equal(array, [0, 1, 2, 3])
+
+  @parameterized.parameters(1, 2, 4, 8)
+  def test_shards_hold_what_was_put(self, fsdp):
+    array = np.arange(24 * 64, dtype=np.float32).reshape(24, 64)
+    put = executor(8, fsdp=fsdp).put(array)
+    np.testing.assert_array_equal(put, array)
+    assert put.addressable_shards[0].data.shape == (24, 64 // fsdp)
+
+  def test_devices_that_do_not_divide_are_refused(self):
+    with pytest.raises(ValueError, match='fsdp=3 does not divide 8 devices'):
+      executor(8, fsdp=3)
+
+  @parameterized.parameters(
+    (dict(executor='xmap'), "executor='xmap': expected 'pjit' or 'pmap'"),
+    (dict(fsdp=0), 'fsdp=0: expected at least 1'),
+    (dict(executor='pmap', fsdp=2), "fsdp=2 shards .* set executor='pjit'"),
+    (dict(heartbeat_seconds=0), 'heartbeat_seconds=0: expected at least 1'),
+  )
+  def test_a_wrong_config_is_refused(self, options, message):
+    with pytest.raises(ValueError, match=message):
+      parallel.ParallelConfig(**options)

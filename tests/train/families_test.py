@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from ds_jax import mesh as meshes
-from ds_jax import models, predict
+from ds_jax import models, parallel, predict
 from ds_jax.train import calibrate, gate, optimizer, supernet
 
 _BOTTLENECKS = dict(
@@ -62,11 +61,11 @@ def make_batch():
 
 
 def make_stages(model):
-  mesh = meshes.make_mesh(jax.devices()[:1])
+  executor = parallel.Executor(devices=jax.devices()[:1])
   adamw = optimizer.OptimizerConfig(
     name='adamw', learning_rate=1e-3, weight_decay=0.05, clip_norm=1.0
   )
-  options = dict(num_steps=4, steps_per_epoch=4, seed=0, mesh=mesh)
+  options = dict(num_steps=4, steps_per_epoch=4, seed=0, executor=executor)
   return (
     supernet.Supernet(
       supernet.SupernetConfig(
@@ -77,7 +76,7 @@ def make_stages(model):
       **options,
     ),
     calibrate.Calibrate(
-      calibrate.CalibrateConfig(2), model, normalize, mesh=mesh
+      calibrate.CalibrateConfig(2), model, normalize, executor=executor
     ),
     gate.Gate(
       gate.GateConfig(num_epochs=1, optimizer=adamw),

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from ds_jax import mesh as meshes
-from ds_jax import models
+from ds_jax import models, parallel
 from ds_jax.train import gate, optimizer
 from models import fixed
 
@@ -76,7 +75,7 @@ def make_stage(model, image_size=8, **config):
     num_steps=10,
     steps_per_epoch=10,
     seed=SEED,
-    mesh=meshes.make_mesh(jax.devices()[:1]),
+    executor=parallel.Executor(devices=jax.devices()[:1]),
   )
 
 

@@ -6,8 +6,7 @@ import pytest
 from jax.extend import core
 
 import micro
-from ds_jax import mesh as meshes
-from ds_jax import models
+from ds_jax import models, parallel
 from ds_jax.train import gate, optimizer, supernet
 
 MODEL = models.create_abstract_model(**micro.MODEL)
@@ -23,10 +22,10 @@ def normalize(images):
 
 
 def make(stage, config, **options):
-  mesh = meshes.make_mesh(jax.devices()[:1])
+  executor = parallel.Executor(devices=jax.devices()[:1])
   return stage(
     config, MODEL, normalize, num_steps=9, steps_per_epoch=9, seed=0,
-    mesh=mesh, **options,
+    executor=executor, **options,
   )  # fmt: skip
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from ds_jax import mesh as meshes
-from ds_jax import models
+from ds_jax import models, parallel
 from ds_jax.train import losses, optimizer, supernet
 
 SEED = 3
@@ -72,7 +71,7 @@ def make_stage(model, **config):
     num_steps=10,
     steps_per_epoch=10,
     seed=SEED,
-    mesh=meshes.make_mesh(jax.devices()[:1]),
+    executor=parallel.Executor(devices=jax.devices()[:1]),
   )
 
 
@@ -176,7 +175,7 @@ class SupernetTestCase(parameterized.TestCase):
     )
 
   def gradient(self, indices, key=None, batch=None):
-    batch = meshes.shard_batch(self.stage.mesh, batch or self.batch)
+    batch = self.stage.executor.put_batch(batch or self.batch)
     # The gradient is donated from pass to pass, the variables are not.
     return self.stage.gradient(
       self.variables,
@@ -250,9 +249,7 @@ class BootstrappingTest(SupernetTestCase):
   @parameterized.parameters((0, 0.1), (2, 0.25), (80, 0.9), (1000, 0.9))
   def test_step_moves_the_weights_and_their_average(self, step, decay):
     state = self.stage.init(self.variables)
-    state = state.replace(
-      network=meshes.replicate(self.stage.mesh, self.teacher)
-    )
+    state = state.replace(network=self.stage.executor.put(self.teacher))
     key = jax.random.fold_in(jax.random.key(SEED), step)
     gradient, batch_stats, _ = self.gradient((2, 1), key)
     gradient = to_numpy(gradient)
@@ -343,7 +340,7 @@ class AccumulationTest(SupernetTestCase):
     ]
     results = [to_numpy(self.gradient((drawn.index,), batch=h)) for h in halves]
     state = self.stage.init(self.variables).replace(
-      network=meshes.replicate(self.stage.mesh, self.teacher)
+      network=self.stage.executor.put(self.teacher)
     )
     new, metrics = self.stage.step(state, self.batch, 0)
     expected = {

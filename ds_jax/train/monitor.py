@@ -1,0 +1,174 @@
+"""What a run does with its time: goodput, traces, memory, and a watchdog."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+
+from ds_jax import validation
+
+# Lowering, and compiling or reading from the cache.
+_COMPILE_EVENTS = (
+  '/jax/core/compile/jaxpr_to_mlir_module_duration',
+  '/jax/core/compile/backend_compile_duration',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+  """What is watched.
+
+  Attributes:
+    profile_step: before which step, counted over all stages, a trace begins;
+      None takes none. It lies in the workdir's `profile/`, for TensorBoard or
+      XProf.
+    profile_steps: how many steps it holds.
+    watchdog_seconds: after how long without a step the stacks of all threads
+      are logged; 0 is never.
+  """
+
+  profile_step: int | None = None
+  profile_steps: int = 5
+  watchdog_seconds: float = 600.0
+
+  def __post_init__(self):
+    validation.check_range('profile_steps', self.profile_steps, low=1)
+    validation.check_range('watchdog_seconds', self.watchdog_seconds, low=0)
+    if self.profile_step is not None:
+      validation.check_range('profile_step', self.profile_step, low=0)
+
+
+class Clock:
+  """Shares of the time since the last reading.
+
+  What is neither waiting for data, nor compiling, evaluating or saving is
+  stepping: goodput. (On the host: while it waits for data, the device may still
+  be at work.)
+  """
+
+  KINDS = ('data', 'compile', 'evaluate', 'save')
+
+  def __init__(self):
+    self._seconds = dict.fromkeys(self.KINDS, 0.0)
+    self._since = time.monotonic()
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+  def close(self) -> None:
+    """Stops listening."""
+    jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+  @contextlib.contextmanager
+  def spent_on(self, kind: str) -> Iterator[None]:
+    """Counts what runs inside, less what is compiled there."""
+    start, compiled = time.monotonic(), self._seconds['compile']
+    try:
+      yield
+    finally:
+      compiled = self._seconds['compile'] - compiled
+      self._seconds[kind] += time.monotonic() - start - compiled
+
+  def read(self) -> dict[str, float]:
+    """Returns `goodput` and `share/KIND` since the last reading."""
+    elapsed = max(time.monotonic() - self._since, 1e-9)
+    shares = {f'share/{k}': s / elapsed for k, s in self._seconds.items()}
+    self._seconds = dict.fromkeys(self.KINDS, 0.0)
+    self._since = time.monotonic()
+    return {'goodput': 1 - sum(shares.values()), **shares}
+
+  def _on_event(self, event: str, seconds: float, **kwargs) -> None:
+    del kwargs
+    if event in _COMPILE_EVENTS:
+      self._seconds['compile'] += seconds
+
+
+class Profile:
+  """A trace of the steps that the config names."""
+
+  def __init__(self, config: MonitorConfig, workdir: pathlib.Path):
+    self._config = config
+    self._directory = workdir / 'profile'
+    self._runs = False
+
+  @contextlib.contextmanager
+  def step(self, number: int) -> Iterator[None]:
+    """Runs one step of the schedule inside, by its number over all stages."""
+    config = self._config
+    if number == config.profile_step:
+      jax.profiler.start_trace(self._directory)
+      self._runs = True
+    with jax.profiler.StepTraceAnnotation('train', step_num=number):
+      yield
+    if self._runs and number >= config.profile_step + config.profile_steps - 1:
+      self.close()
+
+  def close(self) -> None:
+    """Ends a trace that is still open."""
+    if not self._runs:
+      return
+    self._runs = False
+    jax.effects_barrier()
+    jax.profiler.stop_trace()
+    logging.info('A trace is in %s.', self._directory)
+
+
+class Watchdog:
+  """Logs the stacks of all threads when nothing has happened for too long."""
+
+  def __init__(self, seconds: float):
+    """Starts watching; 0 seconds never does."""
+    self._seconds = seconds
+    self._last = 'the start'
+    self._beat = threading.Event()
+    self._stopped = False
+    self._thread = threading.Thread(
+      target=self._watch, name='watchdog', daemon=True
+    )
+    if seconds:
+      self._thread.start()
+
+  def reset(self, done: str) -> None:
+    """Notes that something got done."""
+    self._last = done
+    self._beat.set()
+
+  def close(self) -> None:
+    """Stops watching."""
+    self._stopped = True
+    self._beat.set()
+    if self._seconds:
+      self._thread.join()
+
+  def _watch(self):
+    while not self._stopped:
+      if self._beat.wait(self._seconds):
+        self._beat.clear()
+      else:
+        logging.warning(
+          'Nothing for %g s since %s. The threads are at:\n%s',
+          self._seconds,
+          self._last,
+          _stacks(),
+        )
+
+
+def device_memory() -> dict[str, float]:
+  """Returns the first device's peak, in GiB, where it is told (not on CPU)."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' not in stats:
+    return {}
+  return {'device_memory_gib': stats['peak_bytes_in_use'] / 2**30}
+
+
+def _stacks() -> str:
+  names = {thread.ident: thread.name for thread in threading.enumerate()}
+  return '\n'.join(
+    f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame))
+    for ident, frame in sys._current_frames().items()
+  )
