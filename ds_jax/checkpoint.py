@@ -314,7 +314,9 @@ def _read(root: epath.Path, step: int) -> Restored:
   import orbax.checkpoint as ocp
 
   manifest = _read_manifest(root, step)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+  options = _alone()
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
     tree = reader.restore(root / str(step) / 'state')
   saved, found = manifest['leaves'], _leaf_records(tree)
   for name in {**saved, **found}:
@@ -323,10 +325,24 @@ def _read(root: epath.Path, step: int) -> Restored:
   return Restored(step, tree, manifest['meta'])
 
 
+def _alone():
+  """Orbax's options to read without waiting for other processes."""
+  from orbax.checkpoint import options
+
+  index = jax.process_index()
+  return options.MultiprocessingOptions(
+    primary_host=index,
+    active_processes={index},
+    barrier_sync_key_prefix=f'process_{index}',
+  )
+
+
 def _read_manifest(root: epath.Path, step: int) -> dict[str, Any]:
   import orbax.checkpoint as ocp
 
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+  options = _alone()
+  handler = ocp.JsonCheckpointHandler(multiprocessing_options=options)
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
     manifest = dict(reader.restore(root / str(step) / 'manifest'))
   if manifest.pop('crc32', None) != _json_crc32(manifest):
     raise ValueError('the manifest differs from its checksum')

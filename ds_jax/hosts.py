@@ -154,11 +154,9 @@ def from_first(decide: Callable[[], Any], *errors: type[Exception]) -> Any:
 def explain(error: Exception) -> str:
   """Returns the traceback of an error, or that another process is gone."""
   text = ''.join(traceback.format_exception(error))
-  words = ('gloo', 'nccl', 'connection', 'heartbeat', 'unavailable', 'peer')
-  is_lost = isinstance(error, jax.errors.JaxRuntimeError) and any(
-    word in str(error).lower() for word in words
-  )
-  if not is_lost:
+  # It comes as a JaxRuntimeError, a ValueError, or what Orbax makes of them.
+  words = ('gloo', 'nccl', 'heartbeat', 'connection ', 'coordination service')
+  if not any(word in str(error).lower() for word in words):
     return text
   return (
     f'HostError: process {jax.process_index()} of {jax.process_count()} lost'

@@ -68,7 +68,8 @@ def train(config, workdir: str) -> evaluate.Results:
     Preempted: after SIGTERM, once the state is saved.
   """
   with Run(config, workdir) as run:
-    logging.info('\n%s', run.overview())
+    if jax.process_index() == 0:
+      logging.info('\n%s', run.overview())
     position, state = run.restore() or run.start()
     while True:
       state = run.train_stage(position, state)

@@ -1,24 +1,20 @@
 """The run as a whole: resume, signals, guards, errors."""
 
 import json
-import os
 import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 
+import command
 import micro
 from ds_jax import checkpoint, data, models, routing
 from ds_jax.train import experiment, loop
 
-_REPOSITORY = pathlib.Path(__file__).parents[2]
 _STAGES = ('supernet', 'calibrate', 'gate')
 
 
@@ -43,79 +39,27 @@ def finished(images, tmp_path_factory):
   return config, workdir, loop.train(config, workdir)
 
 
-def _rows(workdir):
-  path = workdir / 'metrics.jsonl'
-  lines = path.read_text().splitlines() if path.exists() else []
-  rows = []
-  for line in lines:
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:  # cut off by a kill, or not yet whole
-      continue
-  return rows
-
-
-class _Command:
-  """`python -m ds_jax.main` in a process of its own."""
-
-  def __init__(self, images, workdir, cache, *arguments):
-    environment = {
-      **os.environ,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
-    if cache:
-      environment['JAX_COMPILATION_CACHE_DIR'] = str(cache)
-    self.workdir = workdir
-    self.process = subprocess.Popen(
-      [
-        *(sys.executable, '-m', 'ds_jax.main'),
-        *('--config=tests/micro.py', f'--workdir={workdir}'),
-        f'--config.dataset.name={images}',
-        *arguments,
-      ],
-      cwd=_REPOSITORY,
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-
-  def wait_for(self, stage, count, timeout=500):
-    """Returns once this process wrote `count` rows of a stage."""
-    before = len(_rows(self.workdir))
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-      rows = _rows(self.workdir)[before:]
-      if sum(row['stage'] == stage for row in rows) >= count:
-        return
-      assert self.process.poll() is None, self.process.communicate()[0]
-      time.sleep(0.001)
-    raise AssertionError(f'No {count} steps of {stage} in {timeout} s.')
-
-  def finish(self):
-    output, _ = self.process.communicate(timeout=500)
-    return self.process.returncode, output
-
-
 def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
   cache = tmp_path / 'cache'
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   # 20 of 80 images, two batches, the second part full.
   held_out = '--config.dataset.budget_share=0.25'
-  code, output = _Command(images, whole, cache, held_out).finish()
+  code, output = command.Command(images, whole, cache, held_out).finish()
   assert code == 0, output
 
   # Any step will do, and each run of this test takes others. The last stage has
   # two steps, so it is killed in or after it, before the evaluation ends.
   steps = [random.randint(2, high) for high in (15, 20, 15)] + [1]
   for stage, count in zip((*_STAGES, 'budget'), steps, strict=True):
-    command = _Command(images, broken, cache, held_out)
-    command.wait_for(stage, count)
-    command.process.send_signal(signal.SIGKILL)
-    code, _ = command.finish()
+    process = command.Command(images, broken, cache, held_out)
+    process.wait_for(stage, count)
+    process.send_signal(signal.SIGKILL)
+    code, _ = process.finish()
     assert code == -signal.SIGKILL
-    assert _rows(broken)[-1]['stage'] == stage, f'killed too late: {steps}'
-  code, output = _Command(images, broken, cache, held_out).finish()
+    assert command.rows(broken)[-1]['stage'] == stage, (
+      f'killed too late: {steps}'
+    )
+  code, output = command.Command(images, broken, cache, held_out).finish()
   assert code == 0, output
   assert 'Resuming budget' in output or 'Resuming gate' in output
 
@@ -129,23 +73,23 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
 
 
 def test_sigterm_saves_and_exits_cleanly(images, tmp_path):
-  command = _Command(images, tmp_path / 'run', cache=None)
-  command.wait_for('supernet', 3)
-  command.process.send_signal(signal.SIGTERM)
-  code, output = command.finish()
+  process = command.Command(images, tmp_path / 'run', cache=None)
+  process.wait_for('supernet', 3)
+  process.send_signal(signal.SIGTERM)
+  code, output = process.finish()
   assert code == 0, output
   assert 'SIGTERM: saved supernet at step' in output
   restored = checkpoint.restore(checkpoint.directory_of(tmp_path / 'run'))
-  assert restored.step == _rows(tmp_path / 'run')[-1]['step']
+  assert restored.step == command.rows(tmp_path / 'run')[-1]['step']
   # For the resumed run, which so need not compile again.
   assert list((tmp_path / 'run' / 'compiled').glob('*'))
 
 
 def test_a_finished_run_is_only_evaluated_again(finished):
   config, workdir, results = finished
-  rows = len(_rows(workdir))
+  rows = len(command.rows(workdir))
   assert loop.train(config, workdir) == results
-  assert len(_rows(workdir)) == rows
+  assert len(command.rows(workdir)) == rows
 
 
 def test_evaluate_mode_writes_the_same_results(finished):
@@ -158,9 +102,11 @@ def test_evaluate_mode_writes_the_same_results(finished):
 def test_metrics_have_a_row_for_each_step(finished):
   _, workdir, _ = finished
   for stage, num_steps in zip(_STAGES, (40, 40, 40), strict=True):
-    rows = [r for r in _rows(workdir) if r['stage'] == stage]
+    rows = [r for r in command.rows(workdir) if r['stage'] == stage]
     assert sum('images_per_second' in row for row in rows) == num_steps
-  names = {n for r in _rows(workdir) if r['stage'] == 'supernet' for n in r}
+  names = {
+    n for r in command.rows(workdir) if r['stage'] == 'supernet' for n in r
+  }
   assert {'loss/widest', 'loss/0', 'loss/1', 'top1/narrowest'} <= names
 
 
@@ -252,7 +198,7 @@ def test_training_in_a_converted_workdir_is_refused(config, tmp_path):
 
 
 def test_a_flag_for_no_field_is_a_plain_error(images, tmp_path):
-  code, output = _Command(
+  code, output = command.Command(
     images, tmp_path, tmp_path, '--config.supernet.ema_rate=1'
   ).finish()
   assert code == 1
@@ -301,7 +247,7 @@ def test_budget_stage_sees_every_image_held_out_for_it(budgeted):
   assert (restored.step, restored.meta['stage']) == (8, 'budget')
   np.testing.assert_array_equal(restored.tree['mask'], np.arange(32) < 20)
   assert results['budgets_set_on'] == 'held-out images'
-  rows = [r for r in _rows(workdir) if r['stage'] == 'budget']
+  rows = [r for r in command.rows(workdir) if r['stage'] == 'budget']
   assert len(rows) == 2
   # 16 and 4 images.
   right = routing.images_held_out(restored.tree).right
@@ -395,7 +341,10 @@ def test_without_supernet_training_only_the_gate_changes(
   )
   # Two of calibration and five of the gate.
   assert after.step == 2 + 5 and after.meta['stage'] == 'gate'
-  assert {row['stage'] for row in _rows(tmp_path)} == {'calibrate', 'gate'}
+  assert {row['stage'] for row in command.rows(tmp_path)} == {
+    'calibrate',
+    'gate',
+  }
   params = [r.tree['network']['params'] for r in (before, after)]
   changed = {
     path
