@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -438,8 +439,10 @@ def _check_writable(directory: epath.Path) -> None:
 
 
 def _brief(error: Exception) -> str:
-  # TensorStore appends its whole configuration.
-  text = f'{type(error).__name__}: {error}'[:200]
+  # TensorStore appends its whole configuration, and has the reason in between.
+  text = f'{type(error).__name__}: {error}'
+  reason = re.search(r'Failed to \w+ [^"\[]*', text[200:])
+  text = text[:200] + (f' ... {reason.group().strip()}' if reason else '')
   return text if text.endswith('.') else f'{text}.'
 
 

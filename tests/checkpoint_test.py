@@ -1,5 +1,6 @@
 """Tests of checkpoints: exact, kept, and never wrong when damaged."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -72,6 +73,19 @@ def run_python(code, *args, device_count=1):
     check=False,
     timeout=60,
   )
+
+
+@contextlib.contextmanager
+def mounted_memory(directory, options):
+  """A disk of its own, where the machine lets us have one."""
+  mount = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', directory]
+  done = subprocess.run(mount, capture_output=True, text=True, check=False)
+  if done.returncode:
+    pytest.skip(f'Mounting needs privileges: {done.stderr.strip()}')
+  try:
+    yield
+  finally:
+    subprocess.run(['umount', '--lazy', directory], check=True)
 
 
 class CheckpointTestCase(parameterized.TestCase):
@@ -349,6 +363,68 @@ class DamageTest(CheckpointTestCase):
       checkpointer.save(3, make_tree(3), {**META, 'global_step': 3})
       self.assert_is_step(checkpointer.restore_latest(), 3)
     assert self.step_names() == ['2', '3']
+
+
+_SAVE_UNTIL_FULL = """
+import sys, numpy as np
+from ds_jax import checkpoint
+noise = np.random.default_rng(0).normal(size=1_000_000)
+with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
+  checkpointer.save(1, {'x': noise[:1000]}, {})
+try:
+  with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
+    checkpointer.save(2, {'x': noise}, {})
+except checkpoint.CheckpointError as error:
+  print(error)
+"""
+
+
+class FullDiskTest(CheckpointTestCase):
+  def assert_step_1_is_left(self, result, reason):
+    assert result.returncode == 0, result.stderr
+    assert f'Step 2 could not be written in {self.root}' in result.stdout
+    assert reason in result.stdout and 'run the same command' in result.stdout
+    assert checkpoint.restore(self.root).step == 1
+    with checkpoint.Checkpointer(self.root) as checkpointer:
+      assert checkpointer.restore_latest().step == 1
+
+  def setUp(self):
+    super().setUp()
+    self.root = self.directory / 'checkpoints'
+
+  def test_a_quota_that_is_used_up_leaves_the_step_before(self):
+    limit = 'import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (400_000,) * 2)'
+    result = run_python(limit + _SAVE_UNTIL_FULL, self.root)
+    self.assert_step_1_is_left(result, 'File too large')
+
+  def test_a_full_disk_leaves_the_step_before(self):
+    with mounted_memory(self.directory, 'size=2m'):
+      result = run_python(_SAVE_UNTIL_FULL, self.root)
+      self.assert_step_1_is_left(result, 'No space left on device')
+      # With room again, the same step is saved.
+      subprocess.run(
+        ['mount', '-o', 'remount,size=30m', self.directory], check=True
+      )
+      result = run_python(_SAVE_UNTIL_FULL, self.root)
+      assert result.stdout == '', result.stdout
+      assert checkpoint.restore(self.root).step == 2
+
+  def test_a_read_only_disk_is_refused_at_the_start(self):
+    with (
+      mounted_memory(self.directory, 'ro'),
+      pytest.raises(
+        checkpoint.CheckpointError,
+        match='can not be written to: .*Read-only file system.* Choose another',
+      ),
+    ):
+      checkpoint.Checkpointer(self.root)
+
+  def test_a_file_in_the_way_is_refused_at_the_start(self):
+    self.root.write_text('')
+    with pytest.raises(
+      checkpoint.CheckpointError, match='can not be written to: '
+    ):
+      checkpoint.Checkpointer(self.root / 'below')
 
 
 class ReadingTest(CheckpointTestCase):
