@@ -1,10 +1,12 @@
 """The run as a whole: resume, signals, guards, errors."""
 
+import functools
 import json
 import pathlib
 import random
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 import command
 import micro
-from ds_jax import checkpoint, data, models, routing
+from ds_jax import checkpoint, data, models, parallel, routing
 from ds_jax.train import experiment, loop
 
 _STAGES = ('supernet', 'calibrate', 'gate')
@@ -83,6 +85,57 @@ def test_sigterm_saves_and_exits_cleanly(images, tmp_path):
   assert restored.step == command.rows(tmp_path / 'run')[-1]['step']
   # For the resumed run, which so need not compile again.
   assert list((tmp_path / 'run' / 'compiled').glob('*'))
+
+
+def test_a_run_moves_over_devices_and_executors(
+  finished, tmp_path, monkeypatch
+):
+  """Eight devices, four, one, and eight replicas, as if on eight throughout.
+
+  But for roundings (6e-8) that 120 steps make larger. The last part is of Stage
+  II, where batch norm is frozen, so that replicas do the same.
+  """
+  config, whole, _ = finished
+  config = config.copy_and_resolve_references()
+  for num_devices, name, stop in (
+    (8, 'pjit', 10),
+    (4, 'pjit', 45),
+    (1, 'pjit', 85),
+    (8, 'pmap', None),
+  ):
+    config.parallel.executor = name
+    with monkeypatch.context() as patch:
+      on_some = functools.partial(
+        parallel.Executor, devices=jax.devices()[:num_devices]
+      )
+      patch.setattr(loop, 'parallel', types.SimpleNamespace(Executor=on_some))
+      if stop is None:
+        results = loop.train(config, tmp_path)
+        continue
+      patch.setattr(
+        loop.hosts.Termination, 'is_due', lambda self, step, at=stop: step == at
+      )
+      with pytest.raises(loop.Preempted, match='the same command resumes'):
+        loop.train(config, tmp_path)
+  found, expected = (
+    checkpoint.restore(checkpoint.directory_of(w)) for w in (tmp_path, whole)
+  )
+  assert found.step == expected.step == 120
+  for path, array in expected.tree['network']['params'].items():
+    scale = np.abs(array).max() + 1e-3
+    np.testing.assert_allclose(
+      found.tree['network']['params'][path],
+      array,
+      rtol=0,
+      atol=0.02 * scale,
+      err_msg=path,
+    )
+  assert abs(results['routed']['top1'] - finished[2]['routed']['top1']) <= 0.1
+
+
+def test_an_object_store_as_workdir_is_refused(config):
+  with pytest.raises(experiment.ConfigError, match='gs://b/run: expected a fo'):
+    loop.train(config, 'gs://b/run')
 
 
 def test_a_finished_run_is_only_evaluated_again(finished):
