@@ -26,7 +26,6 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ds_jax import hosts
 
@@ -195,15 +194,13 @@ class Checkpointer:
 
   @contextlib.contextmanager
   def _explained(self):
-    """Says of Orbax's errors what they mean; those of the runtime pass."""
+    """Says of Orbax's errors what they mean."""
     try:
       yield
-    except jax.errors.JaxRuntimeError:
-      raise
     # Whatever its parts raise, as in reading.
     except Exception as error:
       step, self._saving = self._saving, None
-      if step is None:
+      if step is None or hosts.is_lost_peer(error):
         raise
       raise CheckpointError(
         f'Step {step} could not be written in {self._directory}:'
@@ -412,17 +409,8 @@ def _leaf_record(leaf: np.ndarray | dict) -> dict[str, Any]:
 
 def _host_arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
   _check_tree(tree)
-
-  def whole(x):
-    if isinstance(x, jax.Array) and not (
-      x.is_fully_addressable or x.is_fully_replicated
-    ):
-      return multihost_utils.process_allgather(x, tiled=True)
-    return x
-
-  # On CPU these are views. While they live, JAX gives their buffers to no
-  # donation, and Orbax copies host arrays before its save returns.
-  return jax.tree.map(np.asarray, jax.device_get(jax.tree.map(whole, tree)))
+  # Views, perhaps, but Orbax copies host arrays before its save returns.
+  return hosts.fetch(tree)
 
 
 def _check_writable(directory: epath.Path) -> None:

@@ -151,13 +151,37 @@ def from_first(decide: Callable[[], Any], *errors: type[Exception]) -> Any:
   return answer['value']
 
 
+def fetch(tree: Any) -> Any:
+  """Returns whole NumPy arrays, of arrays that may be spread over processes.
+
+  On CPU they may be views. While these live, JAX gives their buffers to no
+  donation.
+  """
+
+  def whole(x):
+    if isinstance(x, jax.Array) and not (
+      x.is_fully_addressable or x.is_fully_replicated
+    ):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return x
+
+  tree = jax.device_get(jax.tree.map(whole, tree))
+  return jax.tree.map(np.asarray, tree)
+
+
+def is_lost_peer(error: Exception) -> bool:
+  """Whether an error comes of another process being gone."""
+  # It is a JaxRuntimeError, a ValueError, or what Orbax makes of them.
+  words = ('gloo', 'nccl', 'heartbeat', 'connection ', 'coordination service')
+  return jax.distributed.is_initialized() and any(
+    word in str(error).lower() for word in words
+  )
+
+
 def explain(error: Exception) -> str:
   """Returns the traceback of an error, or that another process is gone."""
-  text = ''.join(traceback.format_exception(error))
-  # It comes as a JaxRuntimeError, a ValueError, or what Orbax makes of them.
-  words = ('gloo', 'nccl', 'heartbeat', 'connection ', 'coordination service')
-  if not any(word in str(error).lower() for word in words):
-    return text
+  if not is_lost_peer(error):
+    return ''.join(traceback.format_exception(error))
   return (
     f'HostError: process {jax.process_index()} of {jax.process_count()} lost'
     f' another one: {str(error).splitlines()[0][:300]}\nLook for the first'

@@ -115,9 +115,12 @@ class Run:
       HostError: if the processes don't run the same.
     """
     self._workdir = _local_path(workdir)
+    self._experiment = experiments.Experiment.from_config(config)
+    config = _flatten(dataclasses.asdict(self._experiment))
+    hosts.check_same_run(
+      {k: v for k, v in config.items() if k not in _FREE_FIELDS}
+    )
     try:
-      self._experiment = experiments.Experiment.from_config(config)
-      hosts.check_same_run(_flatten(dataclasses.asdict(self._experiment)))
       self._executor = parallel.Executor(self._experiment.parallel)
       self._executor.check_batch_size(self._experiment.micro_batch_size)
       self._model = self._experiment.create_model()
@@ -227,7 +230,9 @@ class Run:
     """Sweeps the test images; writes and prints the results."""
     image_size = self._experiment.dataset.image_size
     gate = self._experiment.prediction_meta['gate']
-    held_out = routing.images_held_out(serialization.to_state_dict(state))
+    held_out = routing.images_held_out(
+      hosts.fetch(serialization.to_state_dict(state))
+    )
     router = routing.gate_at_target(
       held_out, routing.BucketCosts.of_model(self._model, image_size), **gate
     )
@@ -272,6 +277,7 @@ class Run:
           scores = self._ends(done, state)
       with self._clock.spent_on('save'):
         self._save(done, state, scores)
+      self._watchdog.reset(f'the save at step {done.step}')
       progress.restart()
     if stops:
       self._checkpointer.wait()

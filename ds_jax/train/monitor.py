@@ -30,8 +30,8 @@ class MonitorConfig:
       None takes none. It lies in the workdir's `profile/`, for TensorBoard or
       XProf.
     profile_steps: how many steps it holds.
-    watchdog_seconds: after how long without a step the stacks of all threads
-      are logged; 0 is never.
+    watchdog_seconds: after how long without a step or a save the stacks of all
+      threads are logged; 0 is never.
   """
 
   profile_step: int | None = None
@@ -113,7 +113,8 @@ class Profile:
     if not self._runs:
       return
     self._runs = False
-    jax.effects_barrier()
+    # Steps that are still on their way belong to it.
+    jax.block_until_ready(jax.live_arrays())
     jax.profiler.stop_trace()
     logging.info('A trace is in %s.', self._directory)
 
