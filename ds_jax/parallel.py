@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ds_jax import validation
+from ds_jax import hosts, validation
 
 EXECUTORS = ('pjit', 'pmap')
 
@@ -121,7 +121,6 @@ class Executor:
     """
 
     def put_array(x):
-      x = np.asarray(x)
       sharding = self._state_sharding(x.shape)
       places = sharding.addressable_devices_indices_map(x.shape)
       shards = [
@@ -130,7 +129,7 @@ class Executor:
       ]
       return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
 
-    return jax.tree.map(put_array, tree)
+    return jax.tree.map(put_array, hosts.fetch(tree))
 
   def put_batch(self, batch: Any) -> Any:
     """Lays out this process's part of a batch as BATCH.
