@@ -113,6 +113,7 @@ BARS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_whole(workdir, capsys):
   path = workdir / 'benchmark.json'
   command.run(

@@ -16,6 +16,8 @@ import micro
 from ds_jax import checkpoint, hosts
 from ds_jax.train import loop
 
+pytestmark = pytest.mark.slow
+
 _HEARTBEAT = 10
 
 

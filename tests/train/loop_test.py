@@ -41,6 +41,7 @@ def finished(images, tmp_path_factory):
   return config, workdir, loop.train(config, workdir)
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
   cache = tmp_path / 'cache'
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
@@ -87,6 +88,7 @@ def test_sigterm_saves_and_exits_cleanly(images, tmp_path):
   assert list((tmp_path / 'run' / 'compiled').glob('*'))
 
 
+@pytest.mark.slow
 def test_a_run_moves_over_devices_and_executors(
   finished, tmp_path, monkeypatch
 ):
@@ -500,6 +502,7 @@ def _vit_config(images):
   return config
 
 
+@pytest.mark.slow
 def test_a_vit_resumes_bit_equal(images, tmp_path):
   """Two views, stochastic depth, and no statistics but the gate's."""
   config = _vit_config(images)
