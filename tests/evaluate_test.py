@@ -1,5 +1,6 @@
 """The sweep's sums against counting by hand, and the sweep itself."""
 
+import dataclasses
 import json
 
 import jax
@@ -355,6 +356,35 @@ class EvaluatorTest(parameterized.TestCase):
       np.testing.assert_array_equal(
         found.mixed[:, i], mixed.argmax(-1) == labels
       )
+
+  def routed(self, num_devices, router):
+    executor = parallel.Executor(devices=jax.devices()[:num_devices])
+    evaluator = evaluate.Evaluator(self.model, self.normalize, executor)
+    variables = executor.put(models.variables_of(self.model))
+    return evaluator.routed_sweep(variables, router, self.batches)
+
+  @parameterized.parameters('gate', 'cascade')
+  def test_routing_on_each_device_equals_one_and_the_sweep(self, kind):
+    if kind == 'gate':
+      router = routing.gate_router([0.0] * 3)
+    else:
+      # Half of the images go on from the first bucket to the last.
+      margins = self.sweep(1).outcomes.confidence_at(0).scores[:, 1]
+      threshold = np.sort(margins)[9:11].mean()
+      router = routing.cascade_router(3, (0, 2), [threshold], 'margin')
+    one, eight = (self.routed(n, router) for n in (1, 8))
+    for found, expected in zip(
+      dataclasses.astuple(eight), dataclasses.astuple(one), strict=True
+    ):
+      np.testing.assert_array_equal(found, expected)
+    sweep = self.sweep(1)
+    runs = routing.replay(router, sweep.outcomes)
+    np.testing.assert_array_equal(one.runs, runs)
+    last = np.asarray(routing.last_bucket(runs, 3))
+    np.testing.assert_array_equal(
+      one.top1, sweep.top1[last, np.arange(len(last))]
+    )
+    assert len(set(last.tolist())) > 1
 
   def test_ends_are_the_narrowest_and_the_widest(self):
     executor = parallel.Executor(devices=jax.devices()[:1])
