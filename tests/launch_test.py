@@ -1,6 +1,7 @@
 """The launchers run what they say, on every process, and end as it ends."""
 
 import configparser
+import contextlib
 import math
 import os
 import pathlib
@@ -291,36 +292,44 @@ while true; do sleep 0.05; done
 """
 
 
-def _start(python, tmp_path, fake):
-  """Starts three processes, and returns when all run."""
+@contextlib.contextmanager
+def _started(python, tmp_path, fake):
+  """Three processes, all of which run."""
   command, variables = _local(python, tmp_path, fake)
-  process = subprocess.Popen(
+  # Where the tests run in the background, SIGINT is ignored, for good.
+  command = ('env', '--default-signal=INT', *command)
+  with subprocess.Popen(
     [str(word) for word in command],
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
     text=True,
     cwd=_ROOT,
     env=_environment(**variables),
-  )
-  _until(lambda: len(list(tmp_path.glob('ready_*'))) == 3)
-  return process
+    start_new_session=True,
+  ) as process:
+    try:
+      _until(lambda: len(list(tmp_path.glob('ready_*'))) == 3)
+      yield process
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_local_forwards_a_signal_as_sigterm_to_all(python, tmp_path, number):
-  process = _start(python, tmp_path, _SAVING % 'exit 0')
-  process.send_signal(number)
-  _, errors = process.communicate(timeout=20)
+  with _started(python, tmp_path, _SAVING % 'exit 0') as process:
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
   assert process.returncode == 0, errors
   assert len(list(tmp_path.glob('terminated_*'))) == 3
 
 
 def test_local_kills_at_the_second_signal(python, tmp_path):
-  process = _start(python, tmp_path, _SAVING % ':')
-  process.send_signal(signal.SIGTERM)
-  _until(lambda: len(list(tmp_path.glob('terminated_*'))) == 3)
-  process.send_signal(signal.SIGTERM)
-  _, errors = process.communicate(timeout=20)
+  with _started(python, tmp_path, _SAVING % ':') as process:
+    process.send_signal(signal.SIGTERM)
+    _until(lambda: len(list(tmp_path.glob('terminated_*'))) == 3)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
   assert process.returncode == 128 + signal.SIGKILL
   assert 'killing all processes' in errors
 
