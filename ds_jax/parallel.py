@@ -35,8 +35,9 @@ EXECUTORS = ('pjit', 'pmap')
 STATE, BATCH, WHOLE, SUM = 'state', 'batch', 'whole', 'sum'
 
 _AXES = ('data', 'fsdp')
-# Smaller arrays are not worth a collective of their own.
-_MIN_SHARDED_SIZE = 1024
+# Smaller arrays are not worth a collective of their own; and where a batch
+# norm's are in shards, so is the arithmetic on them, with a collective each.
+_MIN_SHARDED_SIZE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Tests that many devices train like one, with either executor."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -273,6 +275,9 @@ class WithoutBatchNormTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    # Small enough for the arrays here.
+    patch = mock.patch.object(parallel, '_MIN_SHARDED_SIZE', 1024)
+    cls.enterClassContext(patch)
     cls.model = create_vit()
     cls.variables = random_variables(cls.model, scale=0.1)
     cls.one = {name: cls.run_with(executor(1), name) for name in STAGES[::2]}
@@ -327,10 +332,10 @@ class ExecutorTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2, 4, 8)
   def test_shards_hold_what_was_put(self, fsdp):
-    array = np.arange(24 * 64, dtype=np.float32).reshape(24, 64)
+    array = np.arange(100 * 1024, dtype=np.float32).reshape(100, 1024)
     put = executor(8, fsdp=fsdp).put(array)
     np.testing.assert_array_equal(put, array)
-    assert put.addressable_shards[0].data.shape == (24, 64 // fsdp)
+    assert put.addressable_shards[0].data.shape == (100, 1024 // fsdp)
 
   def test_devices_that_do_not_divide_are_refused(self):
     with pytest.raises(ValueError, match='fsdp=3 does not divide 8 devices'):
