@@ -1,0 +1,633 @@
+"""What a training step communicates, and what partitioning it costs.
+
+    python -m ds_jax.benchmark.scaling --model=ds_mobilenet_tiny
+    python -m ds_jax.benchmark.scaling --model=ds_resnet50 --compile_only
+
+Every combination of executor, fsdp and number of devices runs in a process of
+its own. It times steps of both stages, reads the collectives out of the
+optimised HLO of the programs that a step runs, and compares their bytes with
+the fewest that would do (`fewest`).
+
+`--devices` simulates devices on the CPU. All share its cores, so that the same
+global batch can't become faster: a step's time against the number of devices
+shows what partitioning costs. Without `--devices`, and with an accelerator, the
+devices of this host are taken as they are.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from absl import logging
+from jax.sharding import PartitionSpec
+
+from ds_jax import data, host, models, parallel
+from ds_jax.benchmark import timing
+from ds_jax.train import gate, optimizer, supernet
+
+KINDS = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+SIMULATED = (1, 2, 4, 8)
+# Payloads below this take their latency, on any fast network.
+SMALL_BYTES = 2**16
+
+_MANY_STEPS = 10**6
+_OPTIMIZER = optimizer.OptimizerConfig(name='sgd', learning_rate=1e-3)
+_FLOAT_BYTES = 4
+_DEVICES_FLAG = '--xla_force_host_platform_device_count'
+_CHILD = (
+  'import sys; from ds_jax.benchmark import scaling; scaling.child(sys.argv[1])'
+)
+_PROBE = 'import jax; print(jax.default_backend(), jax.device_count())'
+
+# `name = shape opcode(`; a tuple's shape is cut out by `_shape_and_rest`.
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?[\w.\-]+ = (.*)$')
+_OPCODE = re.compile(rf'({"|".join(KINDS)})(-start)?\(')
+_ARRAY = re.compile(r'\b([a-z][a-z0-9]*)\[([\d,<=]*)\]')
+_LISTED_GROUPS = re.compile(r'replica_groups=\{\{([\d,]*)\}')
+_IOTA_GROUPS = re.compile(r'replica_groups=\[(\d+),(\d+)\]<=')
+# `mesh['a'=4,'b'=2] {'a'}`; a part of an axis is `'a':(1)2`, the last its size.
+_MESH_GROUPS = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
+_AXIS_SIZE = re.compile(r"([\w'\"]+)=(\d+)")
+_AXIS = re.compile(r"([\w'\"]+)(?::\(\d+\)(\d+))?")
+_NO_GROUPS = re.compile(r'replica_groups=\{\}')
+_PAIRS = re.compile(r'source_target_pairs=\{([\d,{}]*)\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to measure.
+
+  Attributes:
+    model: arguments of `create_model`; JSON.
+    image_size: in pixels.
+    batch_size: of all devices together, whatever their number.
+    devices: numbers of devices simulated on the CPU; None means `SIMULATED`,
+      or, where JAX finds an accelerator, its devices.
+    executors: some of `parallel.EXECUTORS`.
+    fsdp: numbers of shards; those that fit neither the executor nor the number
+      of devices are left out.
+    seconds: for which the steps of each combination are timed.
+    compile_only: whether nothing runs: no times, and a model of any size.
+    json: a file to write, too.
+  """
+
+  model: Mapping[str, Any]
+  image_size: int
+  batch_size: int = 64
+  devices: Sequence[int] | None = None
+  executors: Sequence[str] = parallel.EXECUTORS
+  fsdp: Sequence[int] = (1, 8)
+  seconds: float = 10.0
+  compile_only: bool = False
+  json: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """A collective operation of a program, as one device sees it.
+
+  Attributes:
+    kind: one of `KINDS`.
+    bytes: of the whole array: what an all-reduce, all-to-all or permute gives,
+      what an all-gather gives, what a reduce-scatter is given.
+    group_size: how many devices meet.
+  """
+
+  kind: str
+  bytes: int
+  group_size: int
+
+  @property
+  def wire_bytes(self) -> float:
+    """What a device sends, in a ring: the least there is for a large array."""
+    if self.kind == 'collective-permute':
+      return self.bytes
+    share = (self.group_size - 1) / self.group_size
+    return (2 if self.kind == 'all-reduce' else 1) * share * self.bytes
+
+
+def collectives(hlo_text: str) -> list[Collective]:
+  """Reads the collectives out of an optimised HLO module's text.
+
+  Each is listed once, wherever it stands: of one in the body of a loop that
+  runs many times, or in a branch that does not, the text tells no more. Of an
+  asynchronous one the start counts.
+
+  Args:
+    hlo_text: of `compiled.as_text()`.
+
+  Raises:
+    ValueError: for a collective whose groups can't be read.
+  """
+  everyone = 1
+  for count in re.findall(
+    r'\b(?:replica_count|num_partitions)=(\d+)', hlo_text.partition('\n')[0]
+  ):
+    everyone *= int(count)
+  found = []
+  for line in hlo_text.splitlines():
+    instruction = _INSTRUCTION.match(line)
+    if not instruction:
+      continue
+    shape, rest = _shape_and_rest(instruction[1])
+    opcode = _OPCODE.match(rest)
+    if not opcode:
+      continue
+    kind, is_start = opcode[1], bool(opcode[2])
+    sizes = _array_bytes(shape)
+    if is_start and kind != 'all-reduce':
+      # Of (operands, results, ...); a permute has two numbers more.
+      sizes = [size for size in sizes if size] if len(sizes) > 2 else sizes
+      if kind == 'collective-permute':
+        sizes = sizes[:2]
+      sizes = sizes[len(sizes) // 2 :]
+    group = _group_size(kind, rest, everyone)
+    whole = sum(sizes) * (group if kind == 'reduce-scatter' else 1)
+    found.append(Collective(kind, whole, group))
+  return found
+
+
+def _shape_and_rest(text):
+  """Splits `shape opcode(...)`, where the shape may be a nested tuple."""
+  if not text.startswith('('):
+    shape, _, rest = text.partition(' ')
+    return shape, rest
+  depth = 0
+  for i, character in enumerate(text):
+    depth += (character == '(') - (character == ')')
+    if not depth:
+      return text[: i + 1], text[i + 1 :].lstrip()
+  return text, ''
+
+
+def _array_bytes(shape):
+  sizes = []
+  for dtype, dimensions in _ARRAY.findall(shape):
+    number = re.search(r'\d+', dtype)
+    bits = 8 if dtype == 'pred' else int(number[0]) if number else 0
+    count = 1
+    for dimension in re.findall(r'\d+', dimensions):
+      count *= int(dimension)
+    sizes.append(-(-count * bits // 8))
+  return sizes
+
+
+def _group_size(kind, text, everyone):
+  if kind == 'collective-permute':
+    pairs = _PAIRS.search(text)
+    if pairs:
+      return len(set(re.findall(r'\d+', pairs[1])))
+  elif listed := _LISTED_GROUPS.search(text):
+    return len(listed[1].split(','))
+  elif iota := _IOTA_GROUPS.search(text):
+    return int(iota[2])
+  elif mesh := _MESH_GROUPS.search(text):
+    sizes = dict(_AXIS_SIZE.findall(mesh[1]))
+    axes = _AXIS.findall(mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
+  elif _NO_GROUPS.search(text) or 'replica_groups=' not in text:
+    return everyone
+  raise ValueError(f'The groups of this collective are unknown: {text[:400]}')
+
+
+class _Recorder(parallel.Executor):
+  """An executor that keeps what its programs communicate.
+
+  Abstract, it compiles them and runs nothing: arrays are
+  `jax.ShapeDtypeStruct`s, so that a model of any size will do.
+  """
+
+  def __init__(self, config: parallel.ParallelConfig, *, is_abstract: bool):
+    self.calls: list[tuple[str, list[Collective]]] = []
+    self._is_abstract = is_abstract
+    self.is_replicated = config.executor == 'pmap'
+    super().__init__(config)
+
+  def put(self, tree):
+    if not self._is_abstract:
+      return super().put(tree)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=self._state_sharding(x.shape)
+      ),
+      tree,
+    )
+
+  def put_batch(self, batch):
+    if not self._is_abstract:
+      return super().put_batch(batch)
+    sharding = self._sharding(PartitionSpec(self.mesh.axis_names))
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch
+    )
+
+  def is_sharded(self, shape: Sequence[int]) -> bool:
+    """Whether fsdp cuts an array of this shape."""
+    return not self._state_sharding(shape).is_fully_replicated
+
+  def compile(self, function, *args, **options):
+    jitted = super().compile(function, *args, **options)
+    programs = {}
+
+    @functools.wraps(function)
+    def call(*args, **static):
+      key = tuple(static.items())
+      if key not in programs:
+        lowered = jitted.lower(*args, **static)
+        compiled = lowered.compile()
+        found = collectives(compiled.as_text())
+        name = function.__name__.strip('_<>')
+        if 'subnet' in static:
+          name = f'{name} {static["subnet"].index}'
+        programs[key] = name, found, lowered, compiled
+      name, found, lowered, compiled = programs[key]
+      self.calls.append((name, found))
+      if not self._is_abstract:
+        return compiled(*args)
+      return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=sharding
+        ),
+        lowered.out_info,
+        compiled.output_shardings,
+      )
+
+    return call
+
+
+def fewest(model, stage: str, executor: _Recorder) -> dict[str, float]:
+  """Returns the bytes that a device has to send in a step, at the least.
+
+  Gradients are float32 and cross the network once a step. With pmap, so do the
+  batch statistics. With pjit, the moments of every batch norm do, forward and
+  backward, in the pass of every student (counted at full width, which is too
+  much for narrow ones). With fsdp, as in ZeRO-3, every pass gathers the
+  parameters that are sharded, every student's scatters their gradient, and the
+  replicas of a shard reduce that.
+
+  Args:
+    model: the supernet.
+    stage: `supernet` or `gate`.
+    executor: of the step.
+
+  Returns:
+    Bytes by what they are of: `gradient`, `statistics`, `parameters`.
+  """
+  variables = models.variables_of(model)
+  is_first = stage == supernet.Supernet.name
+  students = 2 + _num_random(model) if is_first else 1
+  passes = students + 1 if is_first else 1
+  devices, shards = executor.mesh.size, executor.mesh.shape['fsdp']
+
+  def size(arrays):
+    return _FLOAT_BYTES * sum(math.prod(x.shape) for x in arrays)
+
+  def sharded(arrays):
+    return [x for x in arrays if executor.is_sharded(x.shape)]
+
+  def send(kind, size, group):
+    return Collective(kind, size, group).wire_bytes
+
+  trained = [
+    x for p, x in variables.params.items() if models.is_slimming(p) != is_first
+  ]
+  cut = size(sharded(trained))
+  gradient = send('all-reduce', size(trained) - cut, devices) + students * (
+    send('reduce-scatter', cut, shards)
+    + send('all-reduce', cut / shards, devices // shards)
+  )
+  statistics = 0
+  if is_first and executor.is_replicated:
+    statistics = size(variables.batch_stats.values())
+  elif is_first:
+    channels = sum(
+      x.shape[-1]
+      for path, x in variables.batch_stats.items()
+      if path.endswith('mean')
+    )
+    statistics = students * 2 * 2 * _FLOAT_BYTES * channels
+  return {
+    'gradient': gradient,
+    'statistics': send('all-reduce', statistics, devices),
+    'parameters': passes
+    * send('all-gather', size(sharded(variables.params.values())), shards),
+  }
+
+
+def run(options: Options) -> dict[str, Any]:
+  """Measures, prints the table, writes the file, and returns what is in it.
+
+  Raises:
+    ValueError: if nothing is left to run, or the batch does not divide.
+  """
+  simulates, counts = _device_counts(options.devices)
+  combinations = [
+    {'executor': executor, 'fsdp': shards, 'devices': count}
+    for executor in options.executors
+    for shards in options.fsdp
+    for count in counts
+    if count % shards == 0 and (executor == 'pjit' or shards == 1)
+  ]
+  if not combinations:
+    raise ValueError(
+      f'No number of {list(counts)} devices divides by fsdp of'
+      f' {list(options.fsdp)}, with {", ".join(options.executors)}.'
+    )
+  for count in counts:
+    if options.batch_size % count:
+      raise ValueError(
+        f'A batch of {options.batch_size} does not divide over {count} devices.'
+      )
+  about, rows = {}, []
+  for combination in combinations:
+    logging.info('%s ...', combination)
+    row = _run_child(options, combination, simulates)
+    about = row.pop('about')
+    rows.append(row)
+  result = {**about, 'simulated': simulates, 'rows': rows}
+  print(', '.join(f'{name} {value}' for name, value in about.items()))
+  print(table(rows))
+  if options.json:
+    pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + '\n')
+  return result
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the rows as text for people; bytes are those of one device."""
+  lines = []
+  for stage in dict.fromkeys(name for row in rows for name in row['stages']):
+    lines += [
+      '',
+      f'{stage:9}{"executor":>9}{"fsdp":>5}{"devices":>8}{"ms/step":>10}'
+      f'{"spread":>8}{"ops":>6}{"small":>6}'
+      + ''.join(f'{kind[-14:] + ", MB":>19}' for kind in KINDS[:3])
+      + f'{"sent, MB":>10}{"fewest":>10}{"times":>7}',
+    ]
+    for row in rows:
+      if stage in row['stages']:
+        lines.append(_line(row, row['stages'][stage]))
+  return '\n'.join(lines[1:])
+
+
+def _line(row, stage):
+  seconds = stage['seconds']
+  took = f'{1e3 * seconds:10.1f}{stage["spread"]:8.1%}' if seconds else ' ' * 18
+  times = f'{stage["over_fewest"]:7.2f}' if stage['over_fewest'] else ''
+  megabytes = ''.join(
+    f'{stage["kinds"].get(kind, {}).get("bytes", 0) / 1e6:19.3f}'
+    for kind in KINDS[:3]
+  )
+  return (
+    f'{"":9}{row["executor"]:>9}{row["fsdp"]:5}{row["devices"]:8}{took}'
+    f'{stage["count"]:6}{stage["small"]:6}{megabytes}'
+    f'{stage["wire_bytes"] / 1e6:10.3f}'
+    f'{sum(stage["fewest"].values()) / 1e6:10.3f}{times}'
+  )
+
+
+def _device_counts(devices):
+  """Returns whether they are simulated, and their numbers."""
+  if devices:
+    return True, tuple(devices)
+  # In a process of its own: an accelerator has one user at a time.
+  done = subprocess.run(
+    [sys.executable, '-c', _PROBE], check=True, stdout=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  backend, count = done.stdout.split()[-2:]
+  return (True, SIMULATED) if backend == 'cpu' else (False, (int(count),))
+
+
+def _run_child(options, combination, simulates):
+  environment = dict(os.environ)
+  if simulates:
+    count = combination['devices']
+    others = [
+      flag
+      for flag in environment.get('XLA_FLAGS', '').split()
+      if not flag.startswith(_DEVICES_FLAG)
+    ]
+    if options.compile_only:
+      # Of LLVM's work alone; the HLO, and its collectives, are the same.
+      others.append('--xla_backend_optimization_level=0')
+    environment |= {
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': ' '.join([*others, f'{_DEVICES_FLAG}={count}']),
+      # With fewer threads, collectives in flight deadlock.
+      'NPROC': str(max(2 * count, len(os.sched_getaffinity(0)))),
+    }
+  task = json.dumps({'options': dataclasses.asdict(options), **combination})
+  done = subprocess.run(
+    [sys.executable, '-c', _CHILD, task], env=environment, check=True,
+    stdout=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(task: str) -> None:
+  """Measures one combination in this process; prints it as JSON."""
+  task = json.loads(task)
+  options = Options(**task['options'])
+  host.keep_freed_memory()
+  make = (
+    models.create_abstract_model
+    if options.compile_only
+    else models.create_model
+  )
+  model = make(**options.model)
+  executor = _Recorder(
+    parallel.ParallelConfig(task['executor'], task['fsdp']),
+    is_abstract=options.compile_only,
+  )
+  ways, stages = [], {}
+  for name, stage in _stages(model, options.image_size, executor).items():
+    start = time.perf_counter()
+    call = _step(stage, model, options)
+    executor.calls.clear()
+    jax.block_until_ready(call())
+    compiling = time.perf_counter() - start
+    stages[name] = {
+      'seconds': None,
+      'spread': None,
+      'compile_seconds': compiling,
+      **_summary(executor.calls, fewest(model, stage.name, executor)),
+    }
+    ways.append(timing.Way('scaling', name, options.batch_size, 0, call))
+  if not options.compile_only:
+    for row in timing.time_in_turn(ways, options.seconds):
+      stages[row.name] |= {'seconds': row.median, 'spread': row.spread}
+  print(
+    json.dumps(
+      {
+        'about': _about(model, options),
+        'executor': task['executor'],
+        'fsdp': task['fsdp'],
+        'devices': executor.mesh.size,
+        'stages': stages,
+      }
+    )
+  )
+
+
+def _summary(calls, fewest):
+  everything = [c for _, found in calls for c in found]
+  kinds = _by_kind(everything)
+  sent, least = sum(c.wire_bytes for c in everything), sum(fewest.values())
+  return {
+    'count': len(everything),
+    'small': sum(c.bytes < SMALL_BYTES for c in everything),
+    'kinds': kinds,
+    'wire_bytes': sent,
+    'fewest': fewest,
+    'over_fewest': sent / least if least else None,
+    'programs': [
+      {'name': name, 'kinds': _by_kind(found)} for name, found in calls
+    ],
+  }
+
+
+def _by_kind(found: Iterable[Collective]):
+  kinds = {}
+  for one in found:
+    sums = kinds.setdefault(one.kind, collections.Counter())
+    sums.update(count=1, bytes=one.bytes, wire_bytes=one.wire_bytes)
+  return kinds
+
+
+def _stages(model, image_size, executor):
+  common = dict(
+    num_steps=_MANY_STEPS, steps_per_epoch=_MANY_STEPS, seed=0,
+    executor=executor,
+  )  # fmt: skip
+  first = supernet.SupernetConfig(
+    num_epochs=1, optimizer=_OPTIMIZER, num_random=_num_random(model)
+  )
+  second = gate.GateConfig(num_epochs=1, optimizer=_OPTIMIZER)
+  return {
+    'Stage I': supernet.Supernet(first, model, _normalize, **common),
+    'Stage II': gate.Gate(
+      second, model, _normalize, image_size=image_size, **common
+    ),
+  }
+
+
+def _num_random(model):
+  return min(2, len(model.routing_space) - 2)
+
+
+def _step(stage, model, options):
+  """Returns a function that runs the stage's next step."""
+  # Steps donate their state; `put` makes the copy.
+  state = stage.init(models.variables_of(model))
+  rng = np.random.default_rng(0)
+  shape = (options.batch_size, options.image_size, options.image_size, 3)
+  if options.compile_only:
+    images = np.broadcast_to(np.uint8(0), shape)
+  else:
+    images = rng.integers(0, 256, shape).astype(np.uint8)
+  labels = rng.integers(0, 3, options.batch_size).astype(np.int32)
+  batch = {'images': images, 'labels': labels}
+
+  def step():
+    nonlocal state
+    # The same draw every time, so that everything is compiled once.
+    state, metrics = stage.step(state, batch, 0)
+    return () if options.compile_only else (state, metrics)
+
+  return step
+
+
+def _normalize(images):
+  return data.normalize(images, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def _about(model, options):
+  variables = models.variables_of(model)
+
+  def count(arrays):
+    return sum(math.prod(x.shape) for x in arrays)
+
+  between = [
+    s for s in model.routing_space[1:] if s.index != model.widest.index
+  ]
+  draw = np.random.default_rng((0, 0)).choice(
+    len(between), _num_random(model), replace=False
+  )
+  students = [model.widest, *(between[i] for i in draw), model.narrowest]
+  madds = [model.cost(s, options.image_size).madds for s in students]
+  device = jax.devices()[0]
+  return {
+    'model': options.model['name'],
+    'image_size': options.image_size,
+    'batch_size': options.batch_size,
+    'parameters': count(variables.params.values()),
+    'head_parameters': count(gate.head_of(variables).values()),
+    'statistics': count(variables.batch_stats.values()),
+    # The teacher runs forward; a gradient is three times a forward pass.
+    'madds_per_image': madds[0] + 3 * sum(madds),
+    'device': f'{device.platform}: {device.device_kind}',
+    'cores': len(os.sched_getaffinity(0)),
+    'jax': jax.__version__,
+    'jaxlib': jaxlib.__version__,
+  }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Parses the command line and runs."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  defaults = {f.name: f.default for f in dataclasses.fields(Options)}
+  parser = argparse.ArgumentParser(prog='python -m ds_jax.benchmark.scaling')
+  parser.add_argument('--model', choices=models.list_models(), required=True)
+  parser.add_argument('--num_classes', type=int, default=1000)
+  parser.add_argument('--image_size', type=int, help='pixels a side')
+  parser.add_argument('--batch_size', type=int, default=defaults['batch_size'])
+  parser.add_argument('--devices', type=_numbers, help='simulated, as 1,2,4,8')
+  parser.add_argument('--executors', type=_names, default=parallel.EXECUTORS)
+  parser.add_argument('--fsdp', type=_numbers, default=defaults['fsdp'])
+  parser.add_argument(
+    '--seconds', type=float, default=defaults['seconds'],
+    help='for the steps of a combination',
+  )  # fmt: skip
+  parser.add_argument(
+    '--compile_only', action='store_true', help='run nothing, time nothing'
+  )
+  parser.add_argument('--json', help='also writes a file')
+  given = vars(parser.parse_args(argv))
+  name, num_classes = given.pop('model'), given.pop('num_classes')
+  size = given.pop('image_size') or models.image_size(name)
+  sized = models.size_options(name, size)
+  model = dict(name=name, num_classes=num_classes, **sized)
+  run(Options(model=model, image_size=size, **given))
+
+
+def _numbers(text):
+  return tuple(int(number) for number in text.split(','))
+
+
+def _names(text):
+  return tuple(text.split(','))
+
+
+if __name__ == '__main__':
+  main()
