@@ -173,6 +173,7 @@ class Checkpointer:
     """
     with self._explained():
       self._manager.wait_until_finished()
+    self._saving = None
 
   def close(self) -> None:
     """Waits for the write in progress and ends the background threads.

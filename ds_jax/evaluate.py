@@ -76,6 +76,10 @@ class Evaluator:
       parallel.WHOLE,
       static=['subnets'],
     )
+    # Shards are gathered once, and not for every batch.
+    self._gather = executor.compile(
+      lambda tree: tree, [parallel.STATE], parallel.WHOLE
+    )
     self._route = executor.compile(
       self._route_batch,
       [parallel.STATE, parallel.WHOLE, parallel.BATCH],
@@ -110,7 +114,7 @@ class Evaluator:
       router: which buckets run for an image.
       batches: as in `sweep`.
     """
-    run = functools.partial(self._route, variables, router)
+    run = functools.partial(self._route, self._gather(variables), router)
     hits, runs = self._over(batches, run)
     return RoutedSweep(hits[:, 0], hits[:, 1], runs)
 
@@ -125,6 +129,7 @@ class Evaluator:
     }
 
   def _collect(self, variables, batches, subnets) -> Sweep:
+    variables = self._gather(variables)
     run = functools.partial(self._run, variables, subnets=subnets)
     hits, outcomes = self._over(batches, run)
     return Sweep(*hits.transpose(2, 1, 0), outcomes)

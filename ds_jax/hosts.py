@@ -45,7 +45,8 @@ def initialize(
     heartbeat_seconds: for how long one may be silent until the others end.
 
   Raises:
-    HostError: if only some of the three are given, or one is impossible.
+    HostError: if only some of the three are given, or one is impossible. Where
+      the others don't come JAX waits for 5 minutes, and aborts.
   """
   given = {
     'coordinator_address': coordinator_address,
@@ -64,6 +65,10 @@ def initialize(
     raise HostError(
       f'--coordinator_address={address}: expected HOST:PORT, for example'
       ' 10.0.0.1:8476.'
+    )
+  if num_processes:
+    logging.info(
+      'Waiting for %d processes to meet at %s ...', num_processes, address
     )
   try:
     jax.distributed.initialize(
@@ -144,7 +149,8 @@ def from_first(decide: Callable[[], Any], *errors: type[Exception]) -> Any:
     try:
       answer = {'value': decide()}
     except errors as error:
-      answer = {'error': str(error), 'kind': errors.index(type(error))}
+      kind = next(i for i, e in enumerate(errors) if isinstance(error, e))
+      answer = {'error': str(error), 'kind': kind}
   answer = gather(answer)[0]
   if 'error' in answer:
     raise errors[answer['kind']](answer['error'])
@@ -172,7 +178,7 @@ def fetch(tree: Any) -> Any:
 def is_lost_peer(error: Exception) -> bool:
   """Whether an error comes of another process being gone."""
   # It is a JaxRuntimeError, a ValueError, or what Orbax makes of them.
-  words = ('gloo', 'nccl', 'heartbeat', 'connection ', 'coordination service')
+  words = ('gloo', 'nccl', 'heartbeat', 'coordination service')
   return jax.distributed.is_initialized() and any(
     word in str(error).lower() for word in words
   )
@@ -242,11 +248,10 @@ def _check_device_counts():
     )
 
 
-def _code_hash() -> str:
+def _code_hash(root: pathlib.Path = pathlib.Path(__file__).parent) -> str:
   """The version, and a digest of the code that is installed."""
   from ds_jax import version
 
-  root = pathlib.Path(__file__).parent
   digest = hashlib.sha256()
   for path in sorted(root.rglob('*.py')):
     digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

@@ -74,7 +74,7 @@ def main(argv):
     logging.info('%s', preempted)
   except _PLAIN_ERRORS as error:
     _fail(f'{type(error).__name__}: {error}')
-  except Exception as error:
+  except (Exception, KeyboardInterrupt) as error:
     if not jax.distributed.is_initialized():
       raise
     _fail(hosts.explain(error))

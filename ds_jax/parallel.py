@@ -15,7 +15,8 @@ mean over the batch is one over the global batch, batch norm's included, and XLA
 puts the collectives in. `pmap` is `jax.jit` of `jax.shard_map`: every device
 runs the function on its rows, batch norm sees these alone, as in the authors'
 training, and the replicas meet where the function calls `mean`. A wider mesh
-changes nothing but the speed with the one, and batch norm with the other.
+changes nothing but the speed with the one, and batch norm and dropout with the
+other.
 """
 
 import dataclasses

@@ -26,14 +26,8 @@ def rows(workdir):
 class Command:
   """The command, started."""
 
-  def __init__(self, images, workdir, cache, *arguments, **environment):
-    environment = {
-      **os.environ,
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      **environment,
-    }
-    if cache:
-      environment['JAX_COMPILATION_CACHE_DIR'] = str(cache)
+  def __init__(self, images, workdir, *arguments, **environment):
+    environment = {**os.environ, **environment}
     self.workdir = workdir
     self._process = subprocess.Popen(
       [
@@ -43,7 +37,7 @@ class Command:
         *arguments,
       ],
       cwd=_REPOSITORY,
-      env=environment,
+      env={k: v for k, v in environment.items() if v is not None},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

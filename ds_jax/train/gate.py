@@ -244,8 +244,12 @@ class Gate:
     routed = jnp.einsum('nk,knc->nc', one_hot, logits, precision='highest')
     correct = (logits.argmax(-1) == labels[None]).T
     targets = losses.sandwich_labels(correct, config.hard_images)
+    everyone = self.executor.all_rows(targets)
     sandwich = losses.cross_entropy(
-      gate_logits, targets, config.label_smoothing, config.balances_labels
+      gate_logits,
+      targets,
+      config.label_smoothing,
+      everyone if config.balances_labels else None,
     )
     task = losses.cross_entropy(routed, labels, config.label_smoothing)
     loss = config.sandwich_weight * sandwich + config.routed_weight * task
@@ -265,7 +269,10 @@ class Gate:
     madds = jnp.asarray(self._madds, jnp.float32)
     spent = jnp.dot(one_hot, madds, precision='highest').mean()
     if config.target_madds is None:
-      return config.madds_weight * (spent / config.madds_unit) ** 2
+      # The square of the mean over all replicas, in value and in gradient.
+      mean = jax.lax.stop_gradient(self.executor.mean(spent))
+      square = mean**2 + 2 * mean * (spent - mean)
+      return config.madds_weight * square / config.madds_unit**2
     price += config.price_damping * self._excess(argmax_madds)
     return price * spent / self._madds[-1]
 

@@ -71,6 +71,7 @@ def train(config, workdir: str) -> evaluate.Results:
     if jax.process_index() == 0:
       logging.info('\n%s', run.overview())
     position, state = run.restore() or run.start()
+    run.start_clock()
     while True:
       state = run.train_stage(position, state)
       if position.stage + 1 == len(run.stages):
@@ -144,11 +145,11 @@ class Run:
     self._watchdog = monitor.Watchdog(self._experiment.monitor.watchdog_seconds)
     self._resources = contextlib.ExitStack()
     for part in (
+      self._watchdog,  # closed last, since all others may hang
       self._writer,
       self._checkpointer,
       self._clock,
       self._profile,
-      self._watchdog,
     ):
       self._resources.callback(part.close)
 
@@ -163,6 +164,10 @@ class Run:
     return parameter_overview.get_parameter_overview(
       models.variables_of(self._model).params
     )
+
+  def start_clock(self) -> None:
+    """Leaves out of goodput what was done until now."""
+    self._clock.read()
 
   def start(self) -> tuple[Position, Any]:
     """Returns the state before the first step of the first stage."""
@@ -230,8 +235,9 @@ class Run:
     """Sweeps the test images; writes and prints the results."""
     image_size = self._experiment.dataset.image_size
     gate = self._experiment.prediction_meta['gate']
+    tree = serialization.to_state_dict(state)
     held_out = routing.images_held_out(
-      hosts.fetch(serialization.to_state_dict(state))
+      hosts.fetch({k: tree[k] for k in ('mask', 'outcomes') if k in tree})
     )
     router = routing.gate_at_target(
       held_out, routing.BucketCosts.of_model(self._model, image_size), **gate
@@ -259,8 +265,11 @@ class Run:
     # Read once: a signal may come at any moment.
     stops = self._termination.is_due(self._global_step(done))
     ends = done.step == self.stages[done.stage].num_steps
-    evaluates = experiments.STAGES[done.stage] == 'supernet' and (
-      ends or done.step % experiment.eval_every_steps == 0
+    evaluates = (
+      experiments.STAGES[done.stage] == 'supernet'
+      and (ends or done.step % experiment.eval_every_steps == 0)
+      # Who asks to end may not wait for long.
+      and not stops
     )
     saves = (
       ends
@@ -346,11 +355,13 @@ class Run:
     )
 
   def _eval_batches(self):
-    return data.eval_batches(
+    for batch in data.eval_batches(
       self._experiment.dataset,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-    )
+    ):
+      self._watchdog.reset('a batch of an evaluation')
+      yield batch
 
   def _global_step(self, position: Position) -> int:
     before = self.stages[: position.stage]

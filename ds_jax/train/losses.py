@@ -16,7 +16,7 @@ def cross_entropy(
   logits: jax.Array,
   labels: jax.Array,
   label_smoothing: float = 0.0,
-  is_balanced: bool = False,
+  balanced_over: jax.Array | None = None,
 ) -> jax.Array:
   """Mean cross-entropy of logits (N, C) to integer labels (N,).
 
@@ -24,16 +24,17 @@ def cross_entropy(
     logits: (N, C).
     labels: (N,).
     label_smoothing: share of the uniform distribution in the targets.
-    is_balanced: whether the labels that occur all weigh the same, however many
-      rows have them.
+    balanced_over: labels (M,), these among them: those that occur there all
+      weigh the same, however many rows have them. The mean is then one over all
+      M, of which there are N here.
   """
   one_hot = jax.nn.one_hot(labels, logits.shape[-1])
   targets = optax.smooth_labels(one_hot, label_smoothing)
-  if not is_balanced:
+  if balanced_over is None:
     return soft_cross_entropy(logits, targets)
-  counts = one_hot.sum(0)
-  weights = 1 / (counts[labels] * (counts > 0).sum())
-  return (optax.softmax_cross_entropy(logits, targets) * weights).sum()
+  counts = jax.nn.one_hot(balanced_over, logits.shape[-1]).sum(0)
+  weights = len(balanced_over) / (counts[labels] * (counts > 0).sum())
+  return (optax.softmax_cross_entropy(logits, targets) * weights).mean()
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

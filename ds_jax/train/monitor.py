@@ -50,7 +50,7 @@ class Clock:
 
   What is neither waiting for data, nor compiling, evaluating or saving is
   stepping: goodput. (On the host: while it waits for data, the device may still
-  be at work.)
+  be at work. Tracing, before a program is compiled, is counted as stepping.)
   """
 
   KINDS = ('data', 'compile', 'evaluate', 'save')
@@ -113,9 +113,11 @@ class Profile:
     if not self._runs:
       return
     self._runs = False
-    # Steps that are still on their way belong to it.
-    jax.block_until_ready(jax.live_arrays())
-    jax.profiler.stop_trace()
+    try:
+      # Steps that are still on their way belong to it.
+      jax.block_until_ready(jax.live_arrays())
+    finally:
+      jax.profiler.stop_trace()
     logging.info('A trace is in %s.', self._directory)
 
 

@@ -39,7 +39,9 @@ class SupernetConfig:
     label_smoothing: of the widest's loss.
     momentum: the batch's share in the running statistics.
     accumulation_steps: micro-batches that a batch is split into. (The other
-      stages keep no activations for a backward pass, and don't split.)
+      stages keep no activations for a backward pass, and don't split.) Each
+      process splits its own rows, so that which images meet in a micro-batch,
+      and in its batch norms, depends on how many processes there are.
   """
 
   num_epochs: float

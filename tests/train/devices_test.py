@@ -74,7 +74,9 @@ def executor(num_devices, name='pjit', fsdp=1):
   return parallel.Executor(config, jax.devices()[:num_devices])
 
 
-def make_stage(name, executor, model, accumulation_steps=1, num_random=1):
+def make_stage(
+  name, executor, model, accumulation_steps=1, num_random=1, **gate_options
+):
   sgd = optimizer.OptimizerConfig(learning_rate=0.1, weight_decay=1e-4)
   common = dict(model=model, normalize=normalize, executor=executor)
   options = dict(num_steps=10, steps_per_epoch=10, seed=0)
@@ -93,7 +95,8 @@ def make_stage(name, executor, model, accumulation_steps=1, num_random=1):
   if name == 'gate':
     madds = [model.cost(s, 8).madds for s in model.routing_space]
     target = (madds[0] + madds[-1]) / 2
-    config = gate.GateConfig(num_epochs=1, optimizer=sgd, target_madds=target)
+    gate_options = {'target_madds': target, **gate_options}
+    config = gate.GateConfig(num_epochs=1, optimizer=sgd, **gate_options)
     return gate.Gate(config, image_size=8, **common, **options)
   return budget.Budget(num_steps=NUM_STEPS, batch_size=BATCH_SIZE, **common)
 
@@ -178,6 +181,18 @@ class DevicesTest(parameterized.TestCase):
   def test_replicas_equal_one_device_where_batch_norm_is_frozen(self, name):
     stage = make_stage(name, executor(8, 'pmap'), self.model)
     assert_near(train(stage, self.starts[name]), self.runs[name][1])
+
+  @parameterized.parameters(
+    dict(balances_labels=True),
+    dict(target_madds=None, madds_unit=1e3),
+    dict(target='correctness'),
+  )
+  def test_replicas_equal_one_device_with_every_loss(self, **options):
+    one, many = (
+      train(make_stage('gate', e, self.model, **options), self.starts['gate'])
+      for e in (executor(1), executor(8, 'pmap'))
+    )
+    assert_near(many, one)
 
   def test_replicas_calibrate_to_the_mean_of_their_statistics(self):
     """Each of the statistics of its own two images."""

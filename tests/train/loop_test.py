@@ -43,18 +43,17 @@ def finished(images, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
-  cache = tmp_path / 'cache'
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   # 20 of 80 images, two batches, the second part full.
   held_out = '--config.dataset.budget_share=0.25'
-  code, output = command.Command(images, whole, cache, held_out).finish()
+  code, output = command.Command(images, whole, held_out).finish()
   assert code == 0, output
 
   # Any step will do, and each run of this test takes others. The last stage has
   # two steps, so it is killed in or after it, before the evaluation ends.
   steps = [random.randint(2, high) for high in (15, 20, 15)] + [1]
   for stage, count in zip((*_STAGES, 'budget'), steps, strict=True):
-    process = command.Command(images, broken, cache, held_out)
+    process = command.Command(images, broken, held_out)
     process.wait_for(stage, count)
     process.send_signal(signal.SIGKILL)
     code, _ = process.finish()
@@ -62,7 +61,7 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
     assert command.rows(broken)[-1]['stage'] == stage, (
       f'killed too late: {steps}'
     )
-  code, output = command.Command(images, broken, cache, held_out).finish()
+  code, output = command.Command(images, broken, held_out).finish()
   assert code == 0, output
   assert 'Resuming budget' in output or 'Resuming gate' in output
 
@@ -76,7 +75,9 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
 
 
 def test_sigterm_saves_and_exits_cleanly(images, tmp_path):
-  process = command.Command(images, tmp_path / 'run', cache=None)
+  process = command.Command(
+    images, tmp_path / 'run', JAX_COMPILATION_CACHE_DIR=None
+  )
   process.wait_for('supernet', 3)
   process.send_signal(signal.SIGTERM)
   code, output = process.finish()
@@ -254,7 +255,7 @@ def test_training_in_a_converted_workdir_is_refused(config, tmp_path):
 
 def test_a_flag_for_no_field_is_a_plain_error(images, tmp_path):
   code, output = command.Command(
-    images, tmp_path, tmp_path, '--config.supernet.ema_rate=1'
+    images, tmp_path, '--config.supernet.ema_rate=1'
   ).finish()
   assert code == 1
   assert '--config.FIELD=VALUE: ' in output

@@ -45,7 +45,7 @@ class CrossEntropyTest(parameterized.TestCase):
     rows = -(1 - label_smoothing) * log[np.arange(7), labels]
     rows -= label_smoothing * log.mean(-1)
     expected = np.mean([rows[labels == label].mean() for label in (0, 1, 3)])
-    found = losses.cross_entropy(logits, labels, label_smoothing, True)
+    found = losses.cross_entropy(logits, labels, label_smoothing, labels)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert abs(expected - rows.mean()) > 0.01
 
@@ -55,14 +55,14 @@ class CrossEntropyTest(parameterized.TestCase):
     counts = np.asarray([2, 4, 4, 1, 2, 4, 4])
     expected = (softmax(logits) - np.eye(5)[labels]) / (3 * counts[:, None])
     found = jax.grad(losses.cross_entropy)(
-      jnp.asarray(logits), labels, is_balanced=True
+      jnp.asarray(logits), labels, balanced_over=labels
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
   def test_one_label_alone_is_balanced(self):
     logits, labels = random_logits(7, 5), np.full(7, 2, np.int32)
     np.testing.assert_allclose(
-      losses.cross_entropy(logits, labels, is_balanced=True),
+      losses.cross_entropy(logits, labels, balanced_over=labels),
       losses.cross_entropy(logits, labels),
       rtol=1e-6,
     )
