@@ -4,11 +4,12 @@
         --workdir=runs/fashion_vit --config.dataset.name=idx:DIR
 
 DIR holds the four IDX files; on Debian the package `dataset-fashion-mnist`
-installs them in the folder that is the default here. Time: half an hour on 2
-CPU cores. Expected: 85.3 to 87.9 top-1 from the narrowest to the widest bucket;
-routed 87.6 at 56% of the MAdds of the widest, where the line between the
-buckets is at 86.9; a cascade 87.9 at half (measured by this command,
-2026-11-24, seed 0).
+installs them in the folder that is the default here. Time: about half an hour
+on 2 CPU cores (23 minutes for the last 85% of it, beside other work). Expected:
+85.3 to 87.9 top-1 from the narrowest to the widest bucket; routed 87.6 at 56%
+of the MAdds of the widest, where the line between the buckets is at 86.9; a
+cascade 87.9 at half (measured by this command, resumed once, 2026-11-24, seed
+0).
 """
 
 import ml_collections

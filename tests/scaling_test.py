@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import micro
 from ds_jax import models, parallel
-from ds_jax.benchmark import scaling
+from ds_jax.benchmark import collectives, scaling
 
 MODEL = dict(
   micro.MODEL,
@@ -25,7 +25,7 @@ HEADER = 'HloModule jit_f, is_scheduled=true, num_partitions=8\n'
 
 
 def read_one(line):
-  (found,) = scaling.collectives(f'{HEADER}  {line}\n')
+  (found,) = collectives.read(f'{HEADER}  {line}\n')
   return found.kind, found.bytes, found.group_size
 
 
@@ -108,7 +108,7 @@ def test_reads_kind_bytes_and_group(line, expected):
   ],
 )
 def test_other_lines_are_no_collectives(line):
-  assert scaling.collectives(HEADER + line) == []
+  assert collectives.read(HEADER + line) == []
 
 
 def test_a_collective_in_a_loop_is_listed_once():
@@ -120,7 +120,7 @@ ENTRY %main () -> f32[4] {{
   %w = (s32[], f32[4]{{0}}) while(%t), condition=%c, body=%body
 }}
 """
-  assert scaling.collectives(text) == [scaling.Collective('all-reduce', 16, 8)]
+  assert collectives.read(text) == [collectives.Collective('all-reduce', 16, 8)]
 
 
 def test_unreadable_groups_are_an_error():
@@ -139,11 +139,11 @@ def test_unreadable_groups_are_an_error():
   ],
 )
 def test_a_ring_of_four_sends(kind, expected):
-  assert scaling.Collective(kind, 1000, 4).wire_bytes == expected
+  assert collectives.Collective(kind, 1000, 4).wire_bytes == expected
 
 
 def test_nothing_is_sent_by_one_device():
-  assert scaling.Collective('all-reduce', 1000, 1).wire_bytes == 0
+  assert collectives.Collective('all-reduce', 1000, 1).wire_bytes == 0
 
 
 def test_a_compiled_sum_has_its_bytes():
@@ -157,8 +157,8 @@ def test_a_compiled_sum_has_its_bytes():
     jax.shard_map(total, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
   )
   text = program.lower(jnp.ones((8, 1000))).compile().as_text()
-  assert scaling.collectives(text) == [
-    scaling.Collective('all-reduce', 4000, 8)
+  assert collectives.read(text) == [
+    collectives.Collective('all-reduce', 4000, 8)
   ]
 
 
@@ -168,7 +168,7 @@ def test_a_compiled_gather_over_one_axis_has_its_bytes():
   cut = NamedSharding(mesh, PartitionSpec(None, 'fsdp'))
   x = jax.ShapeDtypeStruct((3, 8), jnp.float32, sharding=cut)
   text = jax.jit(lambda x: x, out_shardings=whole).lower(x).compile().as_text()
-  assert scaling.collectives(text) == [scaling.Collective('all-gather', 96, 4)]
+  assert collectives.read(text) == [collectives.Collective('all-gather', 96, 4)]
 
 
 @pytest.mark.parametrize('is_replicated, shards', [(False, 4), (True, 1)])

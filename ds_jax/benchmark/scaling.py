@@ -22,7 +22,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import time
@@ -35,17 +34,10 @@ import numpy as np
 from absl import logging
 from jax.sharding import PartitionSpec
 
-from ds_jax import data, host, models, parallel
-from ds_jax.benchmark import timing
+from ds_jax import data, memory, models, parallel
+from ds_jax.benchmark import collectives, timing
 from ds_jax.train import gate, optimizer, supernet
 
-KINDS = (
-  'all-reduce',
-  'all-gather',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-)
 SIMULATED = (1, 2, 4, 8)
 # Payloads below this take their latency, on any fast network.
 SMALL_BYTES = 2**16
@@ -58,19 +50,6 @@ _CHILD = (
   'import sys; from ds_jax.benchmark import scaling; scaling.child(sys.argv[1])'
 )
 _PROBE = 'import jax; print(jax.default_backend(), jax.device_count())'
-
-# `name = shape opcode(`; a tuple's shape is cut out by `_shape_and_rest`.
-_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?[\w.\-]+ = (.*)$')
-_OPCODE = re.compile(rf'({"|".join(KINDS)})(-start)?\(')
-_ARRAY = re.compile(r'\b([a-z][a-z0-9]*)\[([\d,<=]*)\]')
-_LISTED_GROUPS = re.compile(r'replica_groups=\{\{([\d,]*)\}')
-_IOTA_GROUPS = re.compile(r'replica_groups=\[(\d+),(\d+)\]<=')
-# `mesh['a'=4,'b'=2] {'a'}`; a part of an axis is `'a':(1)2`, the last its size.
-_MESH_GROUPS = re.compile(r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}')
-_AXIS_SIZE = re.compile(r"([\w'\"]+)=(\d+)")
-_AXIS = re.compile(r"([\w'\"]+)(?::\(\d+\)(\d+))?")
-_NO_GROUPS = re.compile(r'replica_groups=\{\}')
-_PAIRS = re.compile(r'source_target_pairs=\{([\d,{}]*)\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,114 +81,6 @@ class Options:
   json: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """A collective operation of a program, as one device sees it.
-
-  Attributes:
-    kind: one of `KINDS`.
-    bytes: of the whole array: what an all-reduce, all-to-all or permute gives,
-      what an all-gather gives, what a reduce-scatter is given.
-    group_size: how many devices meet.
-  """
-
-  kind: str
-  bytes: int
-  group_size: int
-
-  @property
-  def wire_bytes(self) -> float:
-    """What a device sends, in a ring: the least there is for a large array."""
-    if self.kind == 'collective-permute':
-      return self.bytes
-    share = (self.group_size - 1) / self.group_size
-    return (2 if self.kind == 'all-reduce' else 1) * share * self.bytes
-
-
-def collectives(hlo_text: str) -> list[Collective]:
-  """Reads the collectives out of an optimised HLO module's text.
-
-  Each is listed once, wherever it stands: of one in the body of a loop that
-  runs many times, or in a branch that does not, the text tells no more. Of an
-  asynchronous one the start counts.
-
-  Args:
-    hlo_text: of `compiled.as_text()`.
-
-  Raises:
-    ValueError: for a collective whose groups can't be read.
-  """
-  everyone = 1
-  for count in re.findall(
-    r'\b(?:replica_count|num_partitions)=(\d+)', hlo_text.partition('\n')[0]
-  ):
-    everyone *= int(count)
-  found = []
-  for line in hlo_text.splitlines():
-    instruction = _INSTRUCTION.match(line)
-    if not instruction:
-      continue
-    shape, rest = _shape_and_rest(instruction[1])
-    opcode = _OPCODE.match(rest)
-    if not opcode:
-      continue
-    kind, is_start = opcode[1], bool(opcode[2])
-    sizes = _array_bytes(shape)
-    if is_start and kind != 'all-reduce':
-      # Of (operands, results, ...); a permute has two numbers more.
-      sizes = [size for size in sizes if size] if len(sizes) > 2 else sizes
-      if kind == 'collective-permute':
-        sizes = sizes[:2]
-      sizes = sizes[len(sizes) // 2 :]
-    group = _group_size(kind, rest, everyone)
-    whole = sum(sizes) * (group if kind == 'reduce-scatter' else 1)
-    found.append(Collective(kind, whole, group))
-  return found
-
-
-def _shape_and_rest(text):
-  """Splits `shape opcode(...)`, where the shape may be a nested tuple."""
-  if not text.startswith('('):
-    shape, _, rest = text.partition(' ')
-    return shape, rest
-  depth = 0
-  for i, character in enumerate(text):
-    depth += (character == '(') - (character == ')')
-    if not depth:
-      return text[: i + 1], text[i + 1 :].lstrip()
-  return text, ''
-
-
-def _array_bytes(shape):
-  sizes = []
-  for dtype, dimensions in _ARRAY.findall(shape):
-    number = re.search(r'\d+', dtype)
-    bits = 8 if dtype == 'pred' else int(number[0]) if number else 0
-    count = 1
-    for dimension in re.findall(r'\d+', dimensions):
-      count *= int(dimension)
-    sizes.append(-(-count * bits // 8))
-  return sizes
-
-
-def _group_size(kind, text, everyone):
-  if kind == 'collective-permute':
-    pairs = _PAIRS.search(text)
-    if pairs:
-      return len(set(re.findall(r'\d+', pairs[1])))
-  elif listed := _LISTED_GROUPS.search(text):
-    return len(listed[1].split(','))
-  elif iota := _IOTA_GROUPS.search(text):
-    return int(iota[2])
-  elif mesh := _MESH_GROUPS.search(text):
-    sizes = dict(_AXIS_SIZE.findall(mesh[1]))
-    axes = _AXIS.findall(mesh[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in axes)
-  elif _NO_GROUPS.search(text) or 'replica_groups=' not in text:
-    return everyone
-  raise ValueError(f'The groups of this collective are unknown: {text[:400]}')
-
-
 class _Recorder(parallel.Executor):
   """An executor that keeps what its programs communicate.
 
@@ -218,7 +89,7 @@ class _Recorder(parallel.Executor):
   """
 
   def __init__(self, config: parallel.ParallelConfig, *, is_abstract: bool):
-    self.calls: list[tuple[str, list[Collective]]] = []
+    self.calls: list[tuple[str, list[collectives.Collective]]] = []
     self._is_abstract = is_abstract
     self.is_replicated = config.executor == 'pmap'
     super().__init__(config)
@@ -255,7 +126,7 @@ class _Recorder(parallel.Executor):
       if key not in programs:
         lowered = jitted.lower(*args, **static)
         compiled = lowered.compile()
-        found = collectives(compiled.as_text())
+        found = collectives.read(compiled.as_text())
         name = function.__name__.strip('_<>')
         if 'subnet' in static:
           name = f'{name} {static["subnet"].index}'
@@ -306,7 +177,7 @@ def fewest(model, stage: str, executor: _Recorder) -> dict[str, float]:
     return [x for x in arrays if executor.is_sharded(x.shape)]
 
   def send(kind, size, group):
-    return Collective(kind, size, group).wire_bytes
+    return collectives.Collective(kind, size, group).wire_bytes
 
   trained = [
     x for p, x in variables.params.items() if models.is_slimming(p) != is_first
@@ -380,7 +251,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
       '',
       f'{stage:9}{"executor":>9}{"fsdp":>5}{"devices":>8}{"ms/step":>10}'
       f'{"spread":>8}{"ops":>6}{"small":>6}'
-      + ''.join(f'{kind[-14:] + ", MB":>19}' for kind in KINDS[:3])
+      + ''.join(f'{kind[-14:] + ", MB":>19}' for kind in collectives.KINDS[:3])
       + f'{"sent, MB":>10}{"fewest":>10}{"times":>7}',
     ]
     for row in rows:
@@ -395,7 +266,7 @@ def _line(row, stage):
   times = f'{stage["over_fewest"]:7.2f}' if stage['over_fewest'] else ''
   megabytes = ''.join(
     f'{stage["kinds"].get(kind, {}).get("bytes", 0) / 1e6:19.3f}'
-    for kind in KINDS[:3]
+    for kind in collectives.KINDS[:3]
   )
   return (
     f'{"":9}{row["executor"]:>9}{row["fsdp"]:5}{row["devices"]:8}{took}'
@@ -448,7 +319,7 @@ def child(task: str) -> None:
   """Measures one combination in this process; prints it as JSON."""
   task = json.loads(task)
   options = Options(**task['options'])
-  host.keep_freed_memory()
+  memory.keep_freed_memory()
   make = (
     models.create_abstract_model
     if options.compile_only
@@ -506,7 +377,7 @@ def _summary(calls, fewest):
   }
 
 
-def _by_kind(found: Iterable[Collective]):
+def _by_kind(found: Iterable[collectives.Collective]):
   kinds = {}
   for one in found:
     sums = kinds.setdefault(one.kind, collections.Counter())

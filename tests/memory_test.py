@@ -7,7 +7,7 @@ _SIZE = 64 << 20
 
 _PROGRAM = f"""
 import ctypes, sys
-from ds_jax import host
+from ds_jax import memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -19,7 +19,7 @@ def resident():
     return int(file.read().split()[1]) * 4096
 
 if sys.argv[1] == 'keep':
-  host.keep_freed_memory()
+  memory.keep_freed_memory()
 before = resident()
 pointer = libc.malloc({_SIZE})
 libc.memset(pointer, 1, {_SIZE})
