@@ -20,7 +20,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ds_jax import checkpoint, data, hosts, memory
+from ds_jax import checkpoint, cpu, data, hosts
 from ds_jax.benchmark import command
 from ds_jax.train import experiment, loop
 
@@ -60,7 +60,7 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments {argv[1:]}.')
   logging.get_absl_handler().addFilter(_is_our_own)
-  memory.keep_freed_memory()
+  cpu.keep_freed_memory()
   modes = {
     'train': loop.train,
     'evaluate': loop.evaluate_only,

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ds_jax import hosts, validation
+from ds_jax import cpu, hosts, validation
 
 EXECUTORS = ('pjit', 'pmap')
 
@@ -185,7 +185,12 @@ class Executor:
         return self._run_global(function_here, outputs, args)
       return self._run_replicas(function_here, tuple(inputs), outputs, args)
 
-    return jax.jit(run, static_argnames=static, donate_argnums=donate)
+    return jax.jit(
+      run,
+      static_argnames=static,
+      donate_argnums=donate,
+      compiler_options=cpu.compiler_options(),
+    )
 
   def _run_global(self, function, outputs, args):
     def constrain(layout, tree):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import checkpoint, data, models, routing, validation
+from ds_jax import checkpoint, cpu, data, models, routing, validation
 from ds_jax.models import hoist
 
 
@@ -92,9 +92,14 @@ class Predictor:
     self.weights = (
       self.parts.prepare(self._variables) if presliced else self._variables
     )
-    self._route = jax.jit(functools.partial(_route, self.parts))
+    options = cpu.compiler_options()
+    self._route = jax.jit(
+      functools.partial(_route, self.parts), compiler_options=options
+    )
     self._run = jax.jit(
-      functools.partial(_run, self.parts), static_argnames='subnet'
+      functools.partial(_run, self.parts),
+      static_argnames='subnet',
+      compiler_options=options,
     )
 
   @classmethod
@@ -227,9 +232,14 @@ class Predictor:
     if subnet is None:
       return functools.partial(self._route, self.weights, self.router)
     chosen = self._sub_network(subnet)
-    # The widest network, where it is no bucket, has no slices.
-    is_bucket = chosen in self.model.routing_space
-    weights = self.weights if is_bucket else self._variables
+    if isinstance(self.weights, models.Variables):
+      weights = self.weights
+    elif chosen in self.model.routing_space:
+      # Every array that a call is given takes time, used or not.
+      weights = {p: self.weights[p] for p in ('trunk', str(chosen.index))}
+    else:
+      # The widest network, where it is no bucket, has no slices.
+      weights = self._variables
     return functools.partial(self._run, weights, subnet=chosen)
 
   def _run_one(self, images, subnet) -> Prediction:

@@ -13,7 +13,7 @@ import jax
 import jaxlib
 from absl import logging
 
-from ds_jax import checkpoint, data, memory, models, predict
+from ds_jax import checkpoint, cpu, data, models, predict
 from ds_jax.benchmark import (
   inference,
   onnxruntime,
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Parses the command line and runs."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  memory.keep_freed_memory()
+  cpu.keep_freed_memory()
   defaults = Options()
   parser = argparse.ArgumentParser(prog='python -m ds_jax.benchmark')
   what = parser.add_mutually_exclusive_group(required=True)

@@ -34,7 +34,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import PartitionSpec
 
-from ds_jax import data, memory, models, parallel
+from ds_jax import cpu, data, models, parallel
 from ds_jax.benchmark import collectives, timing
 from ds_jax.train import gate, optimizer, supernet
 
@@ -319,7 +319,7 @@ def child(task: str) -> None:
   """Measures one combination in this process; prints it as JSON."""
   task = json.loads(task)
   options = Options(**task['options'])
-  memory.keep_freed_memory()
+  cpu.keep_freed_memory()
   make = (
     models.create_abstract_model
     if options.compile_only

@@ -1,0 +1,68 @@
+"""Freed memory stays with the process; XLA takes the options."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ds_jax import cpu
+
+_SIZE = 64 << 20
+
+_PROGRAM = f"""
+import ctypes, sys
+from ds_jax import cpu
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def resident():
+  with open('/proc/self/statm') as file:
+    return int(file.read().split()[1]) * 4096
+
+if sys.argv[1] == 'keep':
+  cpu.keep_freed_memory()
+before = resident()
+pointer = libc.malloc({_SIZE})
+libc.memset(pointer, 1, {_SIZE})
+libc.free(pointer)
+print(resident() - before)
+"""
+
+
+def _kept(argument):
+  done = subprocess.run(
+    [sys.executable, '-c', _PROGRAM, argument],
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  return int(done.stdout)
+
+
+def test_freed_memory_is_kept():
+  # Without, glibc gives so large a piece back at once.
+  assert _kept('give back') < _SIZE / 4
+  assert _kept('keep') > _SIZE * 3 / 4
+
+
+def test_xla_takes_the_options():
+  # Not None on a machine with AVX-512 alone, so they are given here.
+  options = cpu.WIDE_VECTORS
+  x = np.linspace(-1, 1, 100, dtype=np.float32)
+  program = jax.jit(lambda x: jnp.tanh(2 * x), compiler_options=options)
+  np.testing.assert_allclose(program(x), np.tanh(2 * x), rtol=1e-6)
+
+
+def test_options_are_for_wide_vectors_alone(tmp_path, monkeypatch):
+  info = tmp_path / 'cpuinfo'
+  monkeypatch.setattr(cpu, '_CPU_INFO', str(info))
+  assert cpu.compiler_options() is None
+  info.write_text('flags\t\t: fpu avx avx2 f16c')
+  assert cpu.compiler_options() is None
+  info.write_text('flags\t\t: fpu avx avx2 avx512f avx512dq')
+  assert cpu.compiler_options() == cpu.WIDE_VECTORS
