@@ -14,7 +14,7 @@ _HOMES = {
   'list_models': 'ds_jax.models',
   'Subnet': 'ds_jax.models',
 }
-_MODULES = ('convert',)
+_MODULES = ('convert', 'export')
 
 __all__ = ['__version__', *_HOMES, *_MODULES]
 

@@ -42,7 +42,9 @@ class Predictor:
   Attributes:
     model: the network, weights included.
     image_size: what images are resized to.
+    crop_ratio: share of the short side kept of images of another size.
     router: which buckets run for an image; see `with_budget`.
+    costs: multiply-adds of the trunk and of every bucket's branch.
     parts: the network, for those who route by themselves.
     weights: what `parts` runs on.
   """
@@ -80,15 +82,15 @@ class Predictor:
     self.model = model
     self.image_size = image_size
     self._has_gate = has_gate
-    self._crop_ratio = crop_ratio
+    self.crop_ratio = crop_ratio
     self._gate = gate or {'target': 'sandwich', 'target_madds': None}
     self._held_out = held_out
     self._variables = models.variables_of(model)
     self._sub_networks = models.sub_networks(model)
-    self._costs = routing.BucketCosts.of_model(model, image_size)
-    self.router = routing.gate_at_target(held_out, self._costs, **self._gate)
-    normalize = functools.partial(data.normalize, mean=mean, std=std)
-    self.parts = Parts(model, normalize, image_size)
+    self.costs = routing.BucketCosts.of_model(model, image_size)
+    self.router = routing.gate_at_target(held_out, self.costs, **self._gate)
+    self._normalize = functools.partial(data.normalize, mean=mean, std=std)
+    self.parts = Parts(model, self._normalize, image_size)
     self.weights = (
       self.parts.prepare(self._variables) if presliced else self._variables
     )
@@ -175,12 +177,12 @@ class Predictor:
         ' of the run.'
       )
     if madds is None:
-      madds = fraction * float(self._costs.buckets.max())
+      madds = fraction * float(self.costs.buckets.max())
     if router == 'cascade':
-      dial = routing.CascadeDial(self._held_out, self._costs, ladder, score)
+      dial = routing.CascadeDial(self._held_out, self.costs, ladder, score)
     else:
       utility = routing.utility_of(self._gate['target'])
-      dial = routing.GateDial(self._held_out, self._costs, utility)
+      dial = routing.GateDial(self._held_out, self.costs, utility)
     # Shares the compiled programs.
     other = copy.copy(self)
     other.router = dial.router(madds)
@@ -204,19 +206,13 @@ class Predictor:
       ValueError: for images of another kind, a `subnet` that does not exist,
         or a gate that is not trained yet.
     """
-    images = self._prepare(images)
+    images = prepare_images(images, self.image_size, self.crop_ratio)
     if subnet is not None:
       return self._run_one(images, subnet)
-    if self.router.uses_gate:
-      self._check_gate()
+    self._check_gate()
     routed = self.program()(images)
-    runs, logits = np.asarray(routed.runs), np.asarray(routed.logits)
-    last = np.asarray(routing.last_bucket(runs, self.router.num_buckets))
-    return Prediction(
-      logits,
-      logits.argmax(-1).astype(np.int32),
-      last.astype(np.int32),
-      self._costs.of_runs(runs),
+    return prediction_of(
+      np.asarray(routed.runs), np.asarray(routed.logits), self.costs
     )
 
   def program(self, subnet: int | None = None) -> Callable[[jax.Array], Any]:
@@ -230,17 +226,43 @@ class Predictor:
       router, to `routing.Routed`.
     """
     if subnet is None:
-      return functools.partial(self._route, self.weights, self.router)
+      return functools.partial(self._route, self._routed_weights(), self.router)
     chosen = self._sub_network(subnet)
-    if isinstance(self.weights, models.Variables):
-      weights = self.weights
-    elif chosen in self.model.routing_space:
-      # Every array that a call is given takes time, used or not.
-      weights = {p: self.weights[p] for p in ('trunk', str(chosen.index))}
-    else:
-      # The widest network, where it is no bucket, has no slices.
-      weights = self._variables
+    # The widest network, where it is no bucket, has no slices.
+    is_bucket = chosen in self.model.routing_space
+    weights = self._weights_of([chosen.index]) if is_bucket else self._variables
     return functools.partial(self._run, weights, subnet=chosen)
+
+  def lowerable(self, platform: str) -> tuple[Callable[..., Any], Any]:
+    """Returns the routed prediction for another platform to compile.
+
+    Args:
+      platform: as JAX lowers for: `cpu`, `cuda`, `rocm` or `tpu`.
+
+    Returns:
+      A function of weights, router and images to `routing.Routed`, and the
+      first two.
+
+    Raises:
+      ValueError: if the gate is needed and not trained yet.
+    """
+    self._check_gate()
+    parts = Parts(self.model, self._normalize, self.image_size, platform)
+    return functools.partial(_route, parts), (
+      self._routed_weights(),
+      self.router,
+    )
+
+  def _routed_weights(self):
+    buckets = sorted({bucket for run in self.router.runs for bucket in run})
+    return self._weights_of(buckets, gate=self.router.uses_gate)
+
+  def _weights_of(self, buckets, gate=False):
+    """Those that are needed: each array takes time in a call, used or not."""
+    if isinstance(self.weights, models.Variables):
+      return self.weights
+    names = ['trunk', *(['gate'] if gate else []), *map(str, buckets)]
+    return {name: self.weights[name] for name in names}
 
   def _run_one(self, images, subnet) -> Prediction:
     chosen = self._sub_network(subnet)
@@ -253,30 +275,8 @@ class Predictor:
       np.full(len(images), madds, np.int64),
     )
 
-  def _prepare(self, images) -> np.ndarray:
-    images = np.asarray(images)
-    if (
-      images.ndim != 4
-      or images.shape[-1] not in (1, 3)
-      or images.dtype != np.uint8
-      or not len(images)
-    ):
-      raise ValueError(
-        f'Images of shape {images.shape} and dtype {images.dtype}: expected'
-        ' one or more, (N, H, W, 3) or (N, H, W, 1), uint8 in 0 .. 255; add'
-        ' the batch axis to a single image with image[None].'
-      )
-    if images.shape[-1] == 1:
-      images = np.repeat(images, 3, axis=-1)
-    size = self.image_size
-    if images.shape[1:3] == (size, size):
-      return images
-    return np.stack(
-      [data.for_evaluation(i, size, self._crop_ratio) for i in images]
-    )
-
   def _check_gate(self):
-    if not self._has_gate:
+    if self.router.uses_gate and not self._has_gate:
       raise ValueError(
         'This checkpoint is from before Stage II: its gate is not trained.'
         ' Choose a sub-network with predictor(images, subnet=k), or train on.'
@@ -291,18 +291,69 @@ class Predictor:
     return self._sub_networks[index]
 
 
+def prepare_images(
+  images: np.ndarray, image_size: int, crop_ratio: float
+) -> np.ndarray:
+  """Returns images as the network takes them, (N, S, S, 3) uint8.
+
+  Args:
+    images: (N, H, W, 3) or (N, H, W, 1) uint8.
+    image_size: S, that images of another size are brought to.
+    crop_ratio: share of their short side that is kept.
+
+  Raises:
+    ValueError: for images of another kind, or none.
+  """
+  images = np.asarray(images)
+  if (
+    images.ndim != 4
+    or images.shape[-1] not in (1, 3)
+    or images.dtype != np.uint8
+    or not len(images)
+  ):
+    raise ValueError(
+      f'Images of shape {images.shape} and dtype {images.dtype}: expected'
+      ' one or more, (N, H, W, 3) or (N, H, W, 1), uint8 in 0 .. 255; add'
+      ' the batch axis to a single image with image[None].'
+    )
+  if images.shape[-1] == 1:
+    images = np.repeat(images, 3, axis=-1)
+  if images.shape[1:3] == (image_size, image_size):
+    return images
+  return np.stack(
+    [data.for_evaluation(i, image_size, crop_ratio) for i in images]
+  )
+
+
+def prediction_of(
+  runs: np.ndarray, logits: np.ndarray, costs: routing.BucketCosts
+) -> Prediction:
+  """Returns what runs (N, R) and logits (N, C) of a router say."""
+  last = np.asarray(routing.last_bucket(runs, len(costs.branches)))
+  return Prediction(
+    logits,
+    logits.argmax(-1).astype(np.int32),
+    last.astype(np.int32),
+    costs.of_runs(runs),
+  )
+
+
 class Parts:
   """Trunk, gate and branches by name, each a function of weights and an input.
 
   The weights are the network's own, or what `prepare` made of them.
   """
 
-  def __init__(self, model, normalize, image_size: int):
+  def __init__(
+    self, model, normalize, image_size: int, platform: str | None = None
+  ):
     self._architecture = models.Architecture(model)
     self._variables = jax.eval_shape(lambda: models.variables_of(model))
     self._normalize = normalize
     self._image_size = image_size
-    self._chunk_size = _chunk_size(image_size)
+    self._chunk_size = _chunk_size(
+      image_size, platform or jax.default_backend()
+    )
     self._splits: dict[Any, hoist.Split] = {}
     self.branches = {str(s.index): s for s in model.routing_space}
 
@@ -365,9 +416,9 @@ class Parts:
 _CPU_PIXELS = 8 * 224**2
 
 
-def _chunk_size(image_size: int) -> int | None:
+def _chunk_size(image_size: int, platform: str) -> int | None:
   """Returns how many images to run at a time; None means any number."""
-  if jax.default_backend() != 'cpu':
+  if platform != 'cpu':
     return None
   largest = max(1, _CPU_PIXELS // image_size**2)
   return 1 << (largest.bit_length() - 1)
@@ -391,7 +442,10 @@ def _route(parts, weights, router, images):
   branches = [
     functools.partial(parts, branch, weights) for branch in parts.branches
   ]
-  gate_logits = parts('gate', weights, features)
+  if router.uses_gate:
+    gate_logits = parts('gate', weights, features)
+  else:
+    gate_logits = jnp.zeros((len(features), router.num_buckets))
   return routing.route(router, branches, gate_logits, features)
 
 

@@ -10,48 +10,17 @@ from absl.testing import parameterized
 
 import ds_jax
 import micro
+import routed
 from ds_jax import checkpoint, data, models, predict, routing
 from ds_jax.train import experiment, loop
-from models import fixed
-
-
-def make_images(count):
-  generator = np.random.default_rng(2)
-  # Of many colours, so that the gate tells them apart.
-  colours = generator.integers(0, 200, (count, 1, 1, 3))
-  noise = generator.integers(0, 56, (count, 8, 8, 3))
-  return (colours + noise).astype(np.uint8)
-
-
-def as_floats(images):
-  return (jnp.asarray(images, jnp.float32) / 255 - 0.4) / 0.2
-
-
-def make_model(images, **options):
-  """A network whose buckets and gate tell these images apart."""
-  model = models.create_abstract_model(**micro.MODEL, **options)
-  variables = fixed.calibrated_variables(model, as_floats(images))
-  params = dict(variables.params)
-  params['classifier/kernel'] *= 5
-  model = models.Architecture(model).bind(variables.replace(params=params))
-  head = (
-    model.slim.head if model.slim else model.stages[1][0].gate.slim
-  ).kernel
-  if model.slim is None:
-    # No bucket is best for the mean image.
-    features = model.trunk(as_floats(images))
-    mean = model.stages[1][0].gate.reduced(features).mean(0)
-    head[...] -= jnp.outer(mean, mean @ head[...]) / (mean @ mean)
-  head[...] *= 5
-  return model
 
 
 class PredictorTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.images = make_images(40)
-    cls.model = make_model(cls.images)
+    cls.images = routed.make_images(40)
+    cls.model = routed.make_model(cls.images)
     cls.predictor = predict.Predictor(
       cls.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
     )
@@ -60,7 +29,7 @@ class PredictorTest(parameterized.TestCase):
   def test_each_image_takes_the_branch_of_its_gate(self, batch_size):
     images = self.images[:batch_size]
     prediction = self.predictor(images)
-    floats = as_floats(images)
+    floats = routed.as_floats(images)
     features = self.model.trunk(floats)
     buckets = np.asarray(self.model.gate_logits(features)).argmax(-1)
     np.testing.assert_array_equal(prediction.buckets, buckets)
@@ -84,7 +53,7 @@ class PredictorTest(parameterized.TestCase):
   @parameterized.parameters(0, 2, 3)
   def test_a_bucket_can_be_forced(self, index):
     prediction = self.predictor(self.images[:5], subnet=index)
-    floats = as_floats(self.images[:5])
+    floats = routed.as_floats(self.images[:5])
     subnet = models.sub_networks(self.model)[index]
     np.testing.assert_allclose(
       prediction.logits, self.model(floats, subnet), rtol=1e-4, atol=1e-5
@@ -170,10 +139,10 @@ class BudgetTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    images = make_images(60)
-    cls.model = make_model(images, gate_head='own')
+    images = routed.make_images(60)
+    cls.model = routed.make_model(images, gate_head='own')
     labels = np.random.default_rng(3).integers(0, 3, 60).astype(np.int32)
-    floats = as_floats(images)
+    floats = routed.as_floats(images)
     space = cls.model.routing_space
     logits = jnp.stack([cls.model(floats, s) for s in space], 1)
     gate_logits = cls.model.gate_logits(cls.model.trunk(floats))

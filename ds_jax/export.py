@@ -1,0 +1,225 @@
+"""A routed network as one file, which needs neither model code nor checkpoint.
+
+    python -m ds_jax.export --workdir=runs/digits --output=digits.ds
+
+The file holds the StableHLO of the whole prediction, from uint8 images to
+logits, as `jax.export` writes it (which promises to read it for half a year of
+releases at least), the weights, and the router. Its batch is static, as the
+tiles of the dispatch are; a last batch is filled up.
+
+Axes: N images, B images a call, R runs, C classes.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.export
+import numpy as np
+from flax import serialization
+
+from ds_jax import cpu, predict, routing
+
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+_FORMAT = 'ds_jax routed network 1'
+
+
+def save(
+  predictor: predict.Predictor,
+  path: str | os.PathLike,
+  *,
+  batch_size: int,
+  platform: str | None = None,
+) -> None:
+  """Writes a predictor, with its router, for one batch size and platform.
+
+  Args:
+    predictor: any; `with_budget` chooses the router. With `presliced=False` the
+      file is smaller, and the calls are slower.
+    path: a file, replaced as a whole.
+    batch_size: B, images of a call.
+    platform: one of `PLATFORMS`; None means that of this process.
+
+  Raises:
+    ValueError: for another platform, no positive batch size, or a gate that is
+      not trained yet.
+    ImportError: without flatbuffers.
+  """
+  _check_flatbuffers()
+  platform = platform or _this_platform()
+  if platform not in PLATFORMS or batch_size < 1:
+    raise ValueError(
+      f'batch_size={batch_size}, platform={platform!r}: expected at least 1,'
+      f' and one of {PLATFORMS}.'
+    )
+  program, arguments = predictor.lowerable(platform)
+  leaves, tree = jax.tree.flatten(arguments)
+
+  def run(leaves, images):
+    routed = program(*jax.tree.unflatten(tree, leaves), images)
+    return routed.runs, routed.logits
+
+  size = predictor.image_size
+  images = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
+  exported = jax.export.export(jax.jit(run), platforms=[platform])(
+    leaves, images
+  )
+  costs = predictor.costs
+  content = {
+    'format': _FORMAT,
+    'program': bytes(exported.serialize()),
+    'arrays': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)},
+    'platform': platform,
+    'batch_size': batch_size,
+    'image_size': size,
+    'crop_ratio': predictor.crop_ratio,
+    'trunk_madds': int(costs.trunk),
+    'branch_madds': costs.branches,
+  }
+  partial = f'{os.fspath(path)}.partial'
+  with open(partial, 'wb') as file:
+    file.write(serialization.msgpack_serialize(content))
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+class Exported:
+  """A network that `save` wrote: `exported(images)`.
+
+  Attributes:
+    batch_size: B, images of a call on the device.
+    image_size: what images are resized to.
+    costs: multiply-adds of the trunk and of every bucket's branch.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    """Reads the file.
+
+    Args:
+      path: what `save` wrote.
+
+    Raises:
+      ValueError: for another file, or one for another platform.
+      ImportError: without flatbuffers.
+    """
+    _check_flatbuffers()
+    content = _read(path)
+    platform = _this_platform()
+    if content['platform'] != platform:
+      raise ValueError(
+        f'{path} is for {content["platform"]}, and this process runs on'
+        f' {platform}: export it with platform={platform!r}.'
+      )
+    self.batch_size = content['batch_size']
+    self.image_size = content['image_size']
+    self.costs = routing.BucketCosts(
+      content['trunk_madds'], content['branch_madds']
+    )
+    self._crop_ratio = content['crop_ratio']
+    arrays = content['arrays']
+    leaves = jax.device_put([arrays[str(i)] for i in range(len(arrays))])
+    exported = jax.export.deserialize(bytearray(content['program']))
+    call = jax.jit(exported.call, compiler_options=cpu.compiler_options())
+    self._call = functools.partial(call, leaves)
+
+  def __call__(self, images: np.ndarray) -> predict.Prediction:
+    """Classifies images, B at a time.
+
+    Args:
+      images: (N, H, W, 3) or (N, H, W, 1) uint8, as for `Predictor`.
+
+    Raises:
+      ValueError: for images of another kind.
+    """
+    images = predict.prepare_images(images, self.image_size, self._crop_ratio)
+    missing = -len(images) % self.batch_size
+    padded = np.concatenate([images, images[:1].repeat(missing, axis=0)])
+    starts = range(0, len(padded), self.batch_size)
+    # All are under way before the first is waited for.
+    results = [self._call(padded[i : i + self.batch_size]) for i in starts]
+    runs, logits = (
+      np.concatenate(part)[: len(images)] for part in zip(*results, strict=True)
+    )
+    return predict.prediction_of(runs, logits, self.costs)
+
+
+def load(path: str | os.PathLike) -> Exported:
+  """Reads a network that `save` wrote; see `Exported`."""
+  return Exported(path)
+
+
+def _read(path):
+  with open(path, 'rb') as file:
+    data = file.read()
+  try:
+    content = serialization.msgpack_restore(data)
+    if content['format'] == _FORMAT:
+      return content
+  except Exception:
+    # msgpack has no error of its own for bytes that are something else.
+    pass
+  raise ValueError(
+    f'{path} is no whole network of this release: write one with python -m'
+    ' ds_jax.export.'
+  )
+
+
+def _this_platform():
+  backend = jax.default_backend()
+  if backend != 'gpu':
+    return backend
+  version = jax.devices()[0].client.platform_version
+  return 'rocm' if 'rocm' in version.lower() else 'cuda'
+
+
+def _check_flatbuffers():
+  try:
+    # Imported here: an option. jax.export writes and reads with it.
+    import flatbuffers  # noqa: F401
+  except ImportError as error:
+    raise ImportError(
+      "Exported networks need flatbuffers: pip install -e '.[export]'."
+    ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Exports a run, or a conversion."""
+  parser = argparse.ArgumentParser(prog='python -m ds_jax.export')
+  parser.add_argument('--workdir', required=True, help='a run, to its end')
+  parser.add_argument('--output', required=True, help='the file to write')
+  parser.add_argument('--batch_size', type=int, default=1)
+  parser.add_argument('--platform', choices=PLATFORMS)
+  parser.add_argument(
+    '--fraction', type=float, help='budget, of the dearest bucket'
+  )
+  parser.add_argument('--router', choices=('gate', 'cascade'), default='gate')
+  parser.add_argument(
+    '--shared_weights',
+    action='store_true',
+    help='store the weights once, and slice them in every call',
+  )
+  options = parser.parse_args(argv)
+  predictor = predict.Predictor.restore(
+    options.workdir, presliced=not options.shared_weights
+  )
+  if options.fraction is not None:
+    predictor = predictor.with_budget(
+      fraction=options.fraction, router=options.router
+    )
+  elif options.router != 'gate':
+    parser.error(f'--router={options.router} needs a budget: --fraction=0.4')
+  save(
+    predictor,
+    options.output,
+    batch_size=options.batch_size,
+    platform=options.platform,
+  )
+  size = os.path.getsize(options.output)
+  print(f'{options.output}: {size / 1e6:.1f} MB, batch {options.batch_size}')
+
+
+if __name__ == '__main__':
+  main()
