@@ -7,11 +7,9 @@ import statistics
 import jax
 import numpy as np
 import pytest
-from flax import serialization
 
 import ds_jax
 import micro
-from ds_jax import checkpoint, models, routing
 from ds_jax.benchmark import (
   command,
   inference,
@@ -25,27 +23,10 @@ from ds_jax.benchmark import (
 def workdir(tmp_path_factory):
   """A finished run's checkpoint, with its data set, without the run."""
   folder = tmp_path_factory.mktemp('run')
-  rng = np.random.default_rng(0)
-  state = {
-    'network': models.variables_of(ds_jax.create_model(**micro.MODEL)),
-    'outcomes': routing.observe(
-      rng.normal(size=(200, 3)).astype(np.float32),
-      rng.normal(size=(200, 3, 3)).astype(np.float32),
-      rng.integers(0, 3, 200),
-    ),
-    'mask': np.ones(200, bool),
-  }
   dataset = dict(
     name=micro.write_images(folder), image_size=8, batch_size=16, num_threads=0
   )
-  meta = {
-    'stage': 'budget', 'model': micro.MODEL, 'image_size': 8,
-    'crop_ratio': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3,
-    'gate': {'target': 'sandwich', 'target_madds': 4e3},
-    'config': {'dataset': dataset},
-  }  # fmt: skip
-  with checkpoint.Checkpointer(checkpoint.directory_of(folder)) as saver:
-    saver.save(1, serialization.to_state_dict(state), meta)
+  micro.save_finished_run(folder, config={'dataset': dataset})
   return folder
 
 

@@ -7,11 +7,10 @@ import shlex
 
 import numpy as np
 import pytest
-from flax import serialization
 
 import ds_jax
 import micro
-from ds_jax import checkpoint, models, routing, summary
+from ds_jax import export, summary
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _README = (_ROOT / 'README.md').read_text()
@@ -29,30 +28,12 @@ def _commands():
 @pytest.fixture
 def run(tmp_path):
   """A finished run's checkpoint, without the run."""
-  model = ds_jax.create_model(**micro.MODEL)
-  rng = np.random.default_rng(0)
-  outcomes = routing.observe(
-    rng.normal(size=(200, 3)).astype(np.float32),
-    rng.normal(size=(200, 3, 3)).astype(np.float32),
-    rng.integers(0, 3, 200),
-  )
-  state = {
-    'network': models.variables_of(model),
-    'outcomes': outcomes,
-    'mask': np.ones(200, bool),
-  }
-  meta = {
-    'stage': 'budget', 'model': micro.MODEL, 'image_size': 8,
-    'crop_ratio': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3,
-    'gate': {'target': 'sandwich', 'target_madds': 4e3},
-  }  # fmt: skip
-  with checkpoint.Checkpointer(checkpoint.directory_of(tmp_path)) as saver:
-    saver.save(1, serialization.to_state_dict(state), meta)
+  micro.save_finished_run(tmp_path)
   return tmp_path
 
 
 def test_predicting_in_three_lines_and_budgets(run, capsys):
-  three_lines, budgets = _blocks('python')
+  three_lines, budgets, _ = _blocks('python')
   assert len(three_lines.splitlines()) == 3
   names = {'images': np.zeros((5, 8, 8, 3), np.uint8)}
   exec(three_lines.replace('runs/digits', str(run)), names)
@@ -62,6 +43,21 @@ def test_predicting_in_three_lines_and_budgets(run, capsys):
   exec(budgets.replace('0.4', '0.9'), names)
   assert names['cheap'](names['images']).labels.shape == (5,)
   assert len(names['better'].router.runs) == 2
+
+
+def test_exporting(run, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  (command,) = [c for c in _commands() if 'ds_jax.export' in c]
+  command = command.replace('runs/digits', str(run)).replace('0.4', '0.9')
+  export.main(shlex.split(command)[3:])
+  assert re.search(r'digits.ds: \d+\.\d MB, batch 16', capsys.readouterr().out)
+  *_, code = _blocks('python')
+  names = {'ds_jax': ds_jax, 'images': np.zeros((20, 8, 8, 3), np.uint8)}
+  exec(code, names)
+  assert names['network'](names['images']).labels.shape == (20,)
+  with pytest.raises(SystemExit):
+    export.main(shlex.split(command.replace('--fraction=0.9', ''))[3:])
+  assert '--router=cascade needs a budget' in capsys.readouterr().err
 
 
 def test_the_routers_page_runs(run):
