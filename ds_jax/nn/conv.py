@@ -70,7 +70,7 @@ class SlicedConv(nnx.Module):
         f' {full_in} -> {full_out} channels.'
       )
     kernel = self.kernel[:, :, : x.shape[-1], :width].astype(x.dtype)
-    native = functools.partial(_native_conv, stride=self.stride)
+    native = functools.partial(native_conv, stride=self.stride)
     if x.shape[-1] > _FEW_CHANNELS:
       return native(x, kernel)
     return jax.lax.platform_dependent(
@@ -81,7 +81,8 @@ class SlicedConv(nnx.Module):
     )
 
 
-def _native_conv(x, kernel, stride):
+def native_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """`patches_conv` of any number of channels, by XLA."""
   padding = kernel.shape[0] // 2
   return jax.lax.conv_general_dilated(
     x,

@@ -101,6 +101,29 @@ class SlicedConvTest(parameterized.TestCase):
     kernel = np.array(layer.kernel[...])[:, :, :width_in, :width]
     assert_close(layer(x, width), numpy_conv(x, kernel, stride), FLOAT32)
 
+  @parameterized.parameters(
+    *itertools.product((3, 5, 7), (1, 2, 3), ((7, 9), (8, 6), (3, 4)))
+  )
+  def test_patches_equal_numpy(self, kernel_size, stride, sides):
+    x = make_input(2, *sides, 3)
+    kernel = make_input(kernel_size, kernel_size, 3, 4, seed=1)
+    y = jax.jit(conv.patches_conv, static_argnums=2)(x, kernel, stride)
+    assert_close(y, numpy_conv(x, kernel, stride), FLOAT32)
+
+  def test_gradients_of_few_channels_equal_the_native_ones(self):
+    layer = nn.SlicedConv(3, 4, 3, stride=2, rngs=nnx.Rngs(0))
+    x, kernel = make_input(2, 7, 6, 3), layer.kernel[...]
+    graph, state = nnx.split(layer)
+
+    def ours(x, kernel, stride):
+      del stride
+      return nnx.merge(graph, jax.tree.map(lambda _: kernel, state))(x)
+
+    found = gradients(ours, x, kernel, 2)
+    expected = gradients(conv.native_conv, x, kernel, 2)
+    for one, other in zip(found, expected, strict=True):
+      assert_close(one, other, FLOAT32)
+
   def test_no_width_means_the_full_one(self):
     layer = nn.SlicedConv(4, 6, 3, rngs=nnx.Rngs(0))
     x = make_input(2, 5, 5, 4)
@@ -193,12 +216,22 @@ class DepthwiseConvTest(parameterized.TestCase):
       y = jax.jit(form, static_argnums=2)(x, kernel, stride)
       assert_close(y, expected, FLOAT32)
 
-  @parameterized.parameters(*SHAPES)
+  @parameterized.parameters(1, 2)
+  def test_many_channels_equal_numpy(self, stride):
+    x, kernel = make_input(2, 7, 6, 40), make_input(3, 3, 1, 40, seed=1)
+    y = jax.jit(conv.shifted_depthwise_conv, static_argnums=2)(
+      x, kernel, stride
+    )
+    assert_close(y, numpy_depthwise_conv(x, kernel, stride), FLOAT32)
+
+  @parameterized.parameters(
+    *((*shape, 3) for shape in SHAPES), (3, 1, 7, 6, 40)
+  )
   def test_gradients_equal_the_native_ones(
-    self, kernel_size, stride, height, width
+    self, kernel_size, stride, height, width, channels
   ):
-    x = make_input(2, height, width, 3)
-    kernel = make_input(kernel_size, kernel_size, 1, 3, seed=1)
+    x = make_input(2, height, width, channels)
+    kernel = make_input(kernel_size, kernel_size, 1, channels, seed=1)
     expected = gradients(conv.native_depthwise_conv, x, kernel, stride)
     for form in (conv.depthwise_conv, conv.shifted_depthwise_conv):
       dx, dkernel = gradients(form, x, kernel, stride)
