@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import models, predict, routing
+from ds_jax import cpu, models, predict, routing
 from ds_jax.benchmark import timing
 from ds_jax.nn import conv
 
@@ -193,7 +193,11 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
       name,
       batch_size,
       madds,
-      functools.partial(jax.jit(function), weights, *arguments),
+      functools.partial(
+        jax.jit(function, compiler_options=cpu.compiler_options()),
+        weights,
+        *arguments,
+      ),
       'all widest' if name in ('tiled', 'oracle, grouped') else None,
     )
     for name, (function, arguments, madds) in programs.items()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import data, models, parallel
+from ds_jax import cpu, data, models, parallel
 from ds_jax.benchmark import timing
 from ds_jax.train import gate, optimizer, supernet
 
@@ -39,9 +39,14 @@ def training_ways(model, image_size: int, batch_size: int) -> list[timing.Way]:
   def forward(variables, images):
     return architecture.bind(variables)(images, model.widest)
 
-  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  options = cpu.compiler_options()
+  gradient = jax.jit(
+    jax.value_and_grad(loss, has_aux=True), compiler_options=options
+  )
   arguments = (variables.params, variables.batch_stats, images)
-  forward = functools.partial(jax.jit(forward), variables, images)
+  forward = functools.partial(
+    jax.jit(forward, compiler_options=options), variables, images
+  )
   first, stage_madds = _supernet_step(model, image_size, batch)
   programs = {
     'widest, forward': (forward, widest),
