@@ -160,7 +160,7 @@ def test_a_run_is_measured_whole(workdir, capsys):
     ratios['routed_over_widest_memory']
     == used['routed'] / used['dearest bucket']
   )
-  assert used['routed, own weights'] > used['routed'] > 0
+  assert min(used.values()) > 0
   # Of the budgets, 40% and 60% of the dearest are below the narrowest's cost.
   routers = {r.name: r.madds for r in rows if r.section == 'routers'}
   assert list(routers) == [
