@@ -120,7 +120,7 @@ def plan_tiles(
   tile_images = tile_images.at[slots].set(order.astype(jnp.int32), mode='drop')
   slots = jnp.minimum(slots, num_tiles * tile_size - 1)
   return TilePlan(
-    jnp.searchsorted(tiles_end, jnp.arange(num_tiles), side='right'),
+    (jnp.arange(num_tiles)[:, None] >= tiles_end[None]).sum(-1),
     tile_images.reshape(-1, tile_size),
     jnp.zeros(batch_size, slots.dtype).at[order].set(slots),
   )

@@ -238,7 +238,8 @@ def route(
       answers = branches[allowed[0]](features)
     else:
       # The place among those allowed; one past the last for those that stop.
-      places = jnp.searchsorted(jnp.asarray(allowed), buckets)
+      # Not a binary search, which would be a loop on the device.
+      places = (buckets[:, None] > jnp.asarray(allowed)[None]).sum(-1)
       answers = dispatch.dispatch_images(
         places, [branches[bucket] for bucket in allowed], features
       )

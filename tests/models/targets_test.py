@@ -22,7 +22,7 @@ ARITHMETIC = {
 FREE = {
   *('exp', 'tanh', 'rsqrt', 'sqrt', 'stop_gradient', 'convert_element_type'),
   *('slice', 'reshape', 'squeeze', 'transpose', 'broadcast_in_dim', 'pad'),
-  *('concatenate', 'copy', 'jit', 'custom_jvp_call'),
+  *('concatenate', 'copy', 'jit', 'custom_jvp_call', 'platform_index'),
 }
 
 
@@ -174,6 +174,17 @@ def count_others(function, *args):
         if not any(e.primitive.name == 'dot_general' for e in inside):
           # A depthwise convolution; a sum of n images is n - 1 additions.
           counts['elementwise'] -= size
+          (on_cpu, *_) = next(
+            e.params['branches'] for e in inside if e.primitive.name == 'cond'
+          )
+          counts['elementwise'] += sum(
+            e.outvars[0].aval.size
+            for e in on_cpu.jaxpr.eqns
+            if e.primitive.name == 'reduce_precision'
+          )
+        continue
+      if name == 'cond':
+        # The stem; on CPU a product, which counts the padding's taps, too.
         continue
       unpack += [
         value.jaxpr
