@@ -13,14 +13,13 @@ kernel is the centre of the full one.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ds_jax import nn, validation
 from ds_jax.models import base
 from ds_jax.models import subnet as subnets
-from ds_jax.nn import conv, gate
+from ds_jax.nn import activation, conv, gate
 
 _STEM_STRIDE = 2
 _STEM_KERNEL_SIZE = 3
@@ -104,12 +103,12 @@ class SeparableBlock(nnx.Module):
   def extract(self, x, kernel_size, row, momentum=None):
     """The part before the attention: depthwise, norm, swish."""
     x = self.depthwise(x, kernel_size)
-    return jax.nn.swish(self.depthwise_norm(x, row, momentum))
+    return activation.swish(self.depthwise_norm(x, row, momentum))
 
   def project(self, x, features, row, momentum=None):
     """The part from the attention on: attention, pointwise, norm, swish."""
     x = self.pointwise(self.gate.attention(x), features)
-    return jax.nn.swish(self.pointwise_norm(x, row, momentum))
+    return activation.swish(self.pointwise_norm(x, row, momentum))
 
 
 class MobileNet(base.SlicedNetwork):
@@ -223,7 +222,7 @@ class MobileNet(base.SlicedNetwork):
     subnet = subnet or self.narrowest
     row = self._trunk_row(subnet)
     x = self.stem(self._prepare(images), subnet.stem.width)
-    x = jax.nn.swish(self.stem_norm(x, row, momentum))
+    x = activation.swish(self.stem_norm(x, row, momentum))
     for i in range(self.gate_stage):
       for block in self.stages[i]:
         x = block.extract(x, subnet.stages[i].kernel, row, momentum)

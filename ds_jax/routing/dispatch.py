@@ -3,6 +3,8 @@
 `jax.lax.switch` under `vmap` becomes a select and runs every branch for every
 image. Here one image takes a plain switch, and a batch is sorted by bucket and
 cut into tiles of one bucket each: a scan over the tiles runs one branch a tile.
+Large tiles make good use of a machine, and small ones take what is left of a
+bucket without many empty places, so a batch that is large enough has both.
 
 Axes: N batch, K buckets, T images a tile.
 """
@@ -33,34 +35,53 @@ def dispatch_images(
   if len(features) == 1:
     everything = [*branches, _empty_branch(branches[0], features)]
     return jax.lax.switch(buckets[0], everything, features)
-  tile_size = default_tile_size(len(features), len(branches))
-  return tiled_dispatch(buckets, branches, features, tile_size)
+  sizes = default_tile_sizes(len(features), len(branches))
+  return tiled_dispatch(buckets, branches, features, sizes)
 
 
-def default_tile_size(batch_size: int, num_buckets: int) -> int:
-  """Returns a power of two: a sixteenth of the batch for four buckets.
+def default_tile_sizes(batch_size: int, num_buckets: int) -> tuple[int, ...]:
+  """Returns one or two powers of two, falling: 8 and 2 for 64 images, K = 4.
 
-  Small tiles use the machine badly, large ones are padded more. Fewer than
-  four images a tile are left to small batches alone, since the tiles that many
-  buckets leave over cost nothing.
+  A bucket is to have two large tiles on average, and the batch at least four.
+  Fewer than four images a tile are left to small batches alone, since the tiles
+  that many buckets leave over cost nothing. A second size compiles every branch
+  once more.
   """
-  largest = max(min(4, batch_size), batch_size // (4 * num_buckets))
-  return 1 << (largest.bit_length() - 1)
+  large = min(batch_size // (2 * num_buckets), batch_size // 4)
+  large = 1 << (max(large, min(4, batch_size)).bit_length() - 1)
+  return (large, large // 4) if large > 4 else (large,)
 
 
 def tiled_dispatch(
   buckets: jax.Array,
   branches: Sequence[Branch],
   features: jax.Array,
-  tile_size: int,
+  tile_sizes: Sequence[int],
 ) -> jax.Array:
-  """`dispatch_images` by tiles of `tile_size` images of one bucket.
+  """`dispatch_images` by tiles of images of one bucket.
 
-  Every bucket's last tile may be part full; its empty places compute an image
-  that is there and drop the result. The number of tiles is static, and the
-  tiles that a batch leaves over run an empty branch.
+  A tile may be part full; its empty places compute an image that is there and
+  drop the result. The number of tiles is static, and the tiles that a batch
+  leaves over run an empty branch.
+
+  Args:
+    buckets: (N,) int32 in [0, K].
+    branches: K functions from features (T, ...) to logits (T, C).
+    features: (N, ...).
+    tile_sizes: as of `plan_tiles`.
+
+  Returns:
+    As of `dispatch_images`.
   """
-  plan = plan_tiles(buckets, len(branches), tile_size)
+  plan = plan_tiles(buckets, len(branches), tile_sizes)
+  logits = [_run_tiles(tiles, branches, features) for tiles in plan.tiles]
+  logits = jnp.concatenate(logits)[plan.image_slots]
+  return jnp.where((buckets < len(branches))[:, None], logits, 0)
+
+
+def _run_tiles(tiles, branches, features):
+  """Returns logits (tiles * T, C)."""
+  _, tile_size = tiles.images.shape
   tile = jax.ShapeDtypeStruct((tile_size, *features.shape[1:]), features.dtype)
   everything = [*branches, _empty_branch(branches[0], tile)]
 
@@ -68,9 +89,8 @@ def tiled_dispatch(
     bucket, images = tile
     return (), jax.lax.switch(bucket, everything, features[images])
 
-  _, tiles = jax.lax.scan(run_tile, (), (plan.tile_buckets, plan.tile_images))
-  logits = tiles.reshape(-1, tiles.shape[-1])[plan.image_slots]
-  return jnp.where((buckets < len(branches))[:, None], logits, 0)
+  _, logits = jax.lax.scan(run_tile, (), tiles)
+  return logits.reshape(-1, logits.shape[-1])
 
 
 def _empty_branch(branch: Branch, features) -> Branch:
@@ -79,48 +99,86 @@ def _empty_branch(branch: Branch, features) -> Branch:
   return lambda _: jnp.zeros(logits.shape, logits.dtype)
 
 
+class Tiles(NamedTuple):
+  """Tiles of one size.
+
+  Attributes:
+    buckets: (tiles,) the branch of each; K for one left over.
+    images: (tiles, T) indices of images.
+  """
+
+  buckets: jax.Array
+  images: jax.Array
+
+
 class TilePlan(NamedTuple):
   """Which images run where.
 
   Attributes:
-    tile_buckets: (tiles,) the branch of each tile; K for a tile left over.
-    tile_images: (tiles, T) indices of images.
-    image_slots: (N,) where in the tiles, laid end to end, an image's result
+    tiles: of each size.
+    image_slots: (N,) where in all tiles, laid end to end, an image's result
       is; of an image that runs nothing, any place.
   """
 
-  tile_buckets: jax.Array
-  tile_images: jax.Array
+  tiles: tuple[Tiles, ...]
   image_slots: jax.Array
 
 
 def plan_tiles(
-  buckets: jax.Array, num_buckets: int, tile_size: int
+  buckets: jax.Array, num_buckets: int, tile_sizes: Sequence[int]
 ) -> TilePlan:
   """Sorts images by bucket and lays them out in tiles.
 
-  A bucket of n images takes ceil(n / T) tiles, so all together take at most
-  ceil(N / T) + K - 1, and never more than N. Bucket K takes none.
+  Args:
+    buckets: (N,) int32 in [0, K]; K takes no tile.
+    num_buckets: K.
+    tile_sizes: falling. A bucket's images fill tiles of one size while they
+      leave fewer places of a tile empty than the next size has, and go on to
+      that; the last size takes all that are left.
   """
   batch_size = len(buckets)
-  num_tiles = min(batch_size, -(-batch_size // tile_size) + num_buckets - 1)
   counts = jnp.bincount(buckets, length=num_buckets)
-  tiles_end = jnp.cumsum(-(-counts // tile_size))
-  images_end = jnp.cumsum(counts)
-
   order = jnp.argsort(buckets, stable=True)
   bucket = buckets[order]
-  tiles_start = jnp.concatenate([jnp.zeros(1, tiles_end.dtype), tiles_end])
-  images_start = jnp.concatenate([jnp.zeros(1, images_end.dtype), images_end])
-  place = jnp.arange(batch_size) - images_start[bucket]
-  slots = tiles_start[bucket] * tile_size + place
+  place = jnp.arange(batch_size) - _starts(counts)[bucket]
 
-  tile_images = jnp.zeros(num_tiles * tile_size, jnp.int32)
-  # Bucket K's images come last, on tiles left over or past them.
-  tile_images = tile_images.at[slots].set(order.astype(jnp.int32), mode='drop')
-  slots = jnp.minimum(slots, num_tiles * tile_size - 1)
-  return TilePlan(
-    (jnp.arange(num_tiles)[:, None] >= tiles_end[None]).sum(-1),
-    tile_images.reshape(-1, tile_size),
-    jnp.zeros(batch_size, slots.dtype).at[order].set(slots),
-  )
+  plans, first_slot = [], 0
+  slots = jnp.zeros(batch_size, place.dtype)
+  placed = jnp.zeros_like(counts)
+  most_left = batch_size
+  for size, allowed in zip(
+    tile_sizes, [*tile_sizes[1:], tile_sizes[-1]], strict=True
+  ):
+    # Of one bucket, and of all.
+    most_tiles = (most_left + allowed - 1) // size
+    num_tiles = min(
+      batch_size,
+      num_buckets * most_tiles,
+      (batch_size + num_buckets * (allowed - 1)) // size,
+    )
+    most_left = min(most_left, size - allowed)
+    tiles = jnp.maximum(counts - placed + allowed - 1, 0) // size
+    rank = place - jnp.append(placed, 0)[bucket]
+    is_here = (rank >= 0) & (rank < jnp.append(tiles * size, 0)[bucket])
+    slot = _starts(tiles)[bucket] * size + rank
+    images = jnp.zeros(num_tiles * size, jnp.int32)
+    images = images.at[jnp.where(is_here, slot, len(images))].set(
+      order.astype(jnp.int32), mode='drop'
+    )
+    ends = jnp.cumsum(tiles)
+    plans.append(
+      Tiles(
+        (jnp.arange(num_tiles)[:, None] >= ends[None]).sum(-1),
+        images.reshape(-1, size),
+      )
+    )
+    slots = jnp.where(is_here, first_slot + slot, slots)
+    first_slot += len(images)
+    placed += tiles * size
+  return TilePlan(tuple(plans), jnp.zeros_like(slots).at[order].set(slots))
+
+
+def _starts(counts: jax.Array) -> jax.Array:
+  """Returns (K + 1,): where each of K groups, and what follows them, begins."""
+  ends = jnp.cumsum(counts)
+  return jnp.concatenate([jnp.zeros(1, ends.dtype), ends])

@@ -15,7 +15,7 @@ _NUM_BUCKETS = 3
 
 # One program instead of one for each of its steps.
 _plan_tiles = jax.jit(
-  dispatch.plan_tiles, static_argnames=('num_buckets', 'tile_size')
+  dispatch.plan_tiles, static_argnames=('num_buckets', 'tile_sizes')
 )
 
 
@@ -50,9 +50,11 @@ class TiledDispatchTest(parameterized.TestCase):
     def one(bucket, features):
       return jax.lax.switch(bucket, cls.branches, features)
 
-    @functools.partial(jax.jit, static_argnames='tile_size')
-    def tiled(buckets, features, tile_size):
-      return dispatch.tiled_dispatch(buckets, cls.branches, features, tile_size)
+    @functools.partial(jax.jit, static_argnames='tile_sizes')
+    def tiled(buckets, features, tile_sizes):
+      return dispatch.tiled_dispatch(
+        buckets, cls.branches, features, tile_sizes
+      )
 
     @jax.jit
     def images(buckets, features):
@@ -82,23 +84,23 @@ class TiledDispatchTest(parameterized.TestCase):
   def test_tiled_dispatch_equals_per_image(self, batch_size, kind):
     buckets = _buckets(kind, batch_size)
     features = self.features[:batch_size]
-    tiled = self.programs['tiled'](buckets, features, tile_size=4)
+    tiled = self.programs['tiled'](buckets, features, tile_sizes=(4,))
     # A convolution over 4 images adds up in another order than over 1.
     np.testing.assert_allclose(
       tiled, self.per_image(buckets, features), rtol=1e-5, atol=1e-6
     )
 
-  @parameterized.parameters(1, 3, 8, 64)
-  def test_any_tile_size_gives_the_same(self, tile_size):
+  @parameterized.parameters((1,), (3,), (8,), (64,), (4, 1), (8, 3), (8, 4, 2))
+  def test_any_tile_sizes_give_the_same(self, *tile_sizes):
     buckets = _buckets('uneven', 20)
     features = self.features[:20]
-    tiled = self.programs['tiled'](buckets, features, tile_size=tile_size)
+    tiled = self.programs['tiled'](buckets, features, tile_sizes=tile_sizes)
     np.testing.assert_allclose(
       tiled, self.per_image(buckets, features), rtol=1e-5, atol=1e-6
     )
 
   @parameterized.product(
-    batch_size=(1, 20), kind=('uneven', 'some skipped', 'all skipped')
+    batch_size=(1, 20, 64), kind=('uneven', 'some skipped', 'all skipped')
   )
   def test_dispatch_images_picks_a_way_for_any_batch(self, batch_size, kind):
     buckets = _buckets(kind, batch_size)
@@ -109,74 +111,109 @@ class TiledDispatchTest(parameterized.TestCase):
     )
 
 
+_SIZES = ((1,), (4,), (16,), (8, 2), (8, 4), (8, 3), (16, 4, 1))
+
+
 class TilePlanTest(parameterized.TestCase):
-  @parameterized.product(
-    batch_size=(1, 2, 7, 64), tile_size=(1, 4, 16), seed=(0, 1, 2)
-  )
-  def test_every_image_has_one_place_in_a_tile_of_its_bucket(
-    self, batch_size, tile_size, seed
-  ):
-    generator = np.random.default_rng(seed)
-    buckets = generator.choice(4, batch_size, p=[0.6, 0.3, 0.1, 0.0])
-    plan = _plan_tiles(jnp.asarray(buckets), 4, tile_size)
-    slots = np.asarray(plan.image_slots)
-    assert len(set(slots)) == batch_size
-    places = np.asarray(plan.tile_images).reshape(-1)
-    np.testing.assert_array_equal(places[slots], np.arange(batch_size))
-    tile_buckets = np.asarray(plan.tile_buckets)
-    np.testing.assert_array_equal(tile_buckets[slots // tile_size], buckets)
-    # Tiles with no image are left to the empty branch, and only those.
-    used = np.zeros(len(tile_buckets), bool)
-    used[slots // tile_size] = True
-    np.testing.assert_array_equal(tile_buckets == 4, ~used)
+  """Plans against a layout by loops in Python."""
 
   @parameterized.product(
     batch_size=(1, 2, 7, 64),
-    tile_size=(1, 4, 16),
-    share_skipped=(0.3, 0.9, 1.0),
+    tile_sizes=_SIZES,
+    # Of three buckets of four, and of images that run nothing.
+    shares=(
+      (0.6, 0.3, 0.1, 0.0),
+      (0.4, 0.2, 0.1, 0.3),
+      (0.1, 0.0, 0.0, 0.9),
+      (0.0, 0.0, 0.0, 1.0),
+      (1.0, 0.0, 0.0, 0.0),
+    ),
   )
-  def test_skipped_images_take_no_tile_and_displace_no_other(
-    self, batch_size, tile_size, share_skipped
-  ):
+  def test_equals_a_layout_by_hand(self, batch_size, tile_sizes, shares):
     generator = np.random.default_rng(batch_size)
-    buckets = generator.choice(4, batch_size, p=[0.5, 0.3, 0.2, 0.0])
-    skipped = generator.random(batch_size) < share_skipped
-    buckets[skipped] = 4
+    buckets = generator.choice([0, 1, 3, 4], batch_size, p=shares)
     plan = jax.tree.map(
-      np.asarray, _plan_tiles(jnp.asarray(buckets), 4, tile_size)
+      np.asarray, _plan_tiles(jnp.asarray(buckets), 4, tile_sizes)
     )
-    used = [-(-np.sum(buckets == k) // tile_size) for k in range(4)]
+    expected = _layout(buckets, 4, tile_sizes)
+    for tiles, by_hand in zip(plan.tiles, expected, strict=True):
+      used = len(by_hand)
+      np.testing.assert_array_equal(
+        tiles.buckets[:used], [bucket for bucket, _ in by_hand]
+      )
+      # What is left over is left to the empty branch.
+      np.testing.assert_array_equal(tiles.buckets[used:], 4)
+      for found, (_, images) in zip(tiles.images, by_hand, strict=False):
+        np.testing.assert_array_equal(found[: len(images)], images)
+      # Empty places compute an image that is there.
+      assert np.all((tiles.images >= 0) & (tiles.images < batch_size))
+    places = np.concatenate([t.images.reshape(-1) for t in plan.tiles])
+    runs = buckets < 4
     np.testing.assert_array_equal(
-      plan.tile_buckets,
-      np.repeat(range(5), [*used, len(plan.tile_buckets) - sum(used)]),
-    )
-    slots = plan.image_slots[~skipped]
-    assert len(set(slots)) == len(slots)
-    np.testing.assert_array_equal(
-      plan.tile_images.reshape(-1)[slots], np.flatnonzero(~skipped)
-    )
-    np.testing.assert_array_equal(
-      plan.tile_buckets[slots // tile_size], buckets[~skipped]
+      places[plan.image_slots[runs]], np.flatnonzero(runs)
     )
     # Results are gathered for all images, so no place may be out of range.
-    assert np.all(plan.image_slots < plan.tile_images.size)
+    assert np.all((plan.image_slots >= 0) & (plan.image_slots < len(places)))
 
-  @parameterized.parameters((64, 4, 4, 19), (1, 4, 14, 1), (8, 4, 1, 2))
-  def test_number_of_tiles(self, batch_size, tile_size, num_buckets, expected):
-    plan = _plan_tiles(jnp.zeros(batch_size, jnp.int32), num_buckets, tile_size)
-    assert len(plan.tile_buckets) == expected
+  @parameterized.product(tile_sizes=_SIZES, num_buckets=(1, 3, 14))
+  def test_any_buckets_fit_the_number_of_tiles(self, tile_sizes, num_buckets):
+    generator = np.random.default_rng(num_buckets)
+    for batch_size in (1, 5, 32, 64):
+      plan = jax.eval_shape(
+        lambda b: dispatch.plan_tiles(b, num_buckets, tile_sizes),
+        jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+      )
+      most = [len(tiles.buckets) for tiles in plan.tiles]
+      for _ in range(200):
+        shares = generator.dirichlet(np.full(num_buckets, 0.3))
+        buckets = generator.choice(num_buckets, batch_size, p=shares)
+        used = map(len, _layout(buckets, num_buckets, tile_sizes))
+        assert all(u <= m for u, m in zip(used, most, strict=True))
 
   @parameterized.parameters(
-    (64, 4, 4), (256, 4, 16), (1, 4, 1), (3, 4, 2), (64, 14, 4)
+    (64, (4,), 4, (19,)),
+    (1, (4,), 14, (1,)),
+    (8, (4,), 1, (2,)),
+    # Of two images of 8 that are left, one more large tile would be too many.
+    (64, (8, 2), 4, (8, 12)),
+    (64, (16, 4), 1, (4, 3)),
   )
-  def test_default_tile_size(self, batch_size, num_buckets, expected):
-    assert dispatch.default_tile_size(batch_size, num_buckets) == expected
+  def test_number_of_tiles(self, batch_size, tile_sizes, num_buckets, expected):
+    buckets = jnp.zeros(batch_size, jnp.int32)
+    plan = _plan_tiles(buckets, num_buckets, tile_sizes)
+    assert tuple(len(tiles.buckets) for tiles in plan.tiles) == expected
+
+  @parameterized.parameters(
+    (64, 4, (8, 2)),
+    (256, 4, (32, 8)),
+    (1, 4, (1,)),
+    (3, 4, (2,)),
+    (20, 4, (4,)),
+    (64, 14, (4,)),
+    (64, 1, (16, 4)),
+  )
+  def test_default_tile_sizes(self, batch_size, num_buckets, expected):
+    assert dispatch.default_tile_sizes(batch_size, num_buckets) == expected
+
+
+def _layout(buckets, num_buckets, tile_sizes):
+  """Returns, for each size, a list of (bucket, its images) for each tile."""
+  tiles = [[] for _ in tile_sizes]
+  for bucket in range(num_buckets):
+    images = np.flatnonzero(buckets == bucket).tolist()
+    for i, size in enumerate(tile_sizes):
+      is_last = i + 1 == len(tile_sizes)
+      fewest = 1 if is_last else size - tile_sizes[i + 1] + 1
+      while len(images) >= fewest:
+        tiles[i].append((bucket, images[:size]))
+        images = images[size:]
+  return tiles
 
 
 def test_a_tile_runs_one_branch_or_none():
   branches = [lambda x, k=k: x.sum((1, 2)) + k for k in range(3)]
   jaxpr = jax.make_jaxpr(
-    lambda b, x: dispatch.tiled_dispatch(b, branches, x, 4)
+    lambda b, x: dispatch.tiled_dispatch(b, branches, x, (4,))
   )(jnp.zeros(20, jnp.int32), jnp.zeros((20, 2, 2, 5)))
   (scan,) = [e for e in jaxpr.eqns if e.primitive.name == 'scan']
   (cond,) = [e for e in scan.params['jaxpr'].eqns if e.primitive.name == 'cond']
@@ -218,11 +255,11 @@ class SkippedImagesTest(parameterized.TestCase):
 def test_skipped_images_get_zeros_where_no_tile_is_left_over():
   # Of 12 images, 1 + 2 + 2 tiles of four: all five that there are.
   buckets = jnp.asarray([2] * 5 + [3] + [1] * 5 + [0])
-  plan = _plan_tiles(buckets, 3, 4)
-  np.testing.assert_array_equal(plan.tile_buckets, [0, 1, 1, 2, 2])
+  plan = _plan_tiles(buckets, 3, (4,))
+  np.testing.assert_array_equal(plan.tiles[0].buckets, [0, 1, 1, 2, 2])
   assert np.all(plan.image_slots < 20)
   branches = [lambda x, k=k: x + k for k in range(3)]
-  logits = jax.jit(lambda b, x: dispatch.tiled_dispatch(b, branches, x, 4))(
+  logits = jax.jit(lambda b, x: dispatch.tiled_dispatch(b, branches, x, (4,)))(
     buckets, jnp.ones((12, 2))
   )
   hand = np.repeat([3.0, 0.0, 2.0, 1.0], [5, 1, 5, 1])
