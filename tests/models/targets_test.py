@@ -170,18 +170,20 @@ def count_others(function, *args):
       size = equation.outvars[0].aval.size
       operand = equation.invars[0].aval.size if equation.invars else 0
       if name == 'custom_vjp_call':
-        inside = equation.params['call_jaxpr'].jaxpr.eqns
-        if not any(e.primitive.name == 'dot_general' for e in inside):
-          # A depthwise convolution; a sum of n images is n - 1 additions.
-          counts['elementwise'] -= size
-          (on_cpu, *_) = next(
-            e.params['branches'] for e in inside if e.primitive.name == 'cond'
-          )
-          counts['elementwise'] += sum(
-            e.outvars[0].aval.size
-            for e in on_cpu.jaxpr.eqns
-            if e.primitive.name == 'reduce_precision'
-          )
+        inside = equation.params['call_jaxpr'].jaxpr
+        forms = [e for e in inside.eqns if e.primitive.name == 'cond']
+        if not forms:
+          # A product, or swish.
+          unpack.append(inside)
+          continue
+        # A depthwise convolution; a sum of n images is n - 1 additions.
+        counts['elementwise'] -= size
+        (on_cpu, *_) = forms[0].params['branches']
+        counts['elementwise'] += sum(
+          e.outvars[0].aval.size
+          for e in on_cpu.jaxpr.eqns
+          if e.primitive.name == 'reduce_precision'
+        )
         continue
       if name == 'cond':
         # The stem; on CPU a product, which counts the padding's taps, too.
