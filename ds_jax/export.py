@@ -1,4 +1,4 @@
-"""A routed network as one file, which needs neither model code nor checkpoint.
+"""A routed network as one file, which needs no checkpoint.
 
     python -m ds_jax.export --workdir=runs/digits --output=digits.ds
 
@@ -13,6 +13,8 @@ Axes: N images, B images a call, R runs, C classes.
 import argparse
 import functools
 import os
+import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -20,10 +22,13 @@ import jax.export
 import numpy as np
 from flax import serialization
 
-from ds_jax import cpu, predict, routing
+from ds_jax import checkpoint, cpu, predict, routing
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 _FORMAT = 'ds_jax routed network 1'
+_EXPECTED = (ImportError, OSError, ValueError, checkpoint.CheckpointError)
+# Batches that a device has while the next is prepared.
+_UNDER_WAY = 2
 
 
 def save(
@@ -78,12 +83,7 @@ def save(
     'trunk_madds': int(costs.trunk),
     'branch_madds': costs.branches,
   }
-  partial = f'{os.fspath(path)}.partial'
-  with open(partial, 'wb') as file:
-    file.write(serialization.msgpack_serialize(content))
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(partial, path)
+  _write(path, serialization.msgpack_serialize(content))
 
 
 class Exported:
@@ -135,11 +135,16 @@ class Exported:
       ValueError: for images of another kind.
     """
     images = predict.prepare_images(images, self.image_size, self._crop_ratio)
-    missing = -len(images) % self.batch_size
-    padded = np.concatenate([images, images[:1].repeat(missing, axis=0)])
-    starts = range(0, len(padded), self.batch_size)
-    # All are under way before the first is waited for.
-    results = [self._call(padded[i : i + self.batch_size]) for i in starts]
+    results = []
+    for i in range(0, len(images), self.batch_size):
+      batch = images[i : i + self.batch_size]
+      missing = self.batch_size - len(batch)
+      if missing:
+        batch = np.concatenate([batch, batch[:1].repeat(missing, axis=0)])
+      results.append(self._call(batch))
+      if len(results) >= _UNDER_WAY:
+        # Its images need not stay on the device.
+        jax.block_until_ready(results[-_UNDER_WAY])
     runs, logits = (
       np.concatenate(part)[: len(images)] for part in zip(*results, strict=True)
     )
@@ -149,6 +154,19 @@ class Exported:
 def load(path: str | os.PathLike) -> Exported:
   """Reads a network that `save` wrote; see `Exported`."""
   return Exported(path)
+
+
+def _write(path, data):
+  partial = f'{os.fspath(path)}.partial'
+  try:
+    with open(partial, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except OSError:
+    pathlib.Path(partial).unlink(missing_ok=True)
+    raise
 
 
 def _read(path):
@@ -202,6 +220,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     help='store the weights once, and slice them in every call',
   )
   options = parser.parse_args(argv)
+  if options.fraction is None and options.router != 'gate':
+    parser.error(f'--router={options.router} needs a budget: --fraction=0.4')
+  try:
+    _export(options)
+  except _EXPECTED as error:
+    sys.exit(f'{type(error).__name__}: {error}')
+  size = os.path.getsize(options.output)
+  print(f'{options.output}: {size / 1e6:.1f} MB, batch {options.batch_size}')
+
+
+def _export(options):
   predictor = predict.Predictor.restore(
     options.workdir, presliced=not options.shared_weights
   )
@@ -209,16 +238,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictor = predictor.with_budget(
       fraction=options.fraction, router=options.router
     )
-  elif options.router != 'gate':
-    parser.error(f'--router={options.router} needs a budget: --fraction=0.4')
   save(
     predictor,
     options.output,
     batch_size=options.batch_size,
     platform=options.platform,
   )
-  size = os.path.getsize(options.output)
-  print(f'{options.output}: {size / 1e6:.1f} MB, batch {options.batch_size}')
 
 
 if __name__ == '__main__':

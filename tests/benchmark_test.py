@@ -10,6 +10,7 @@ import pytest
 
 import ds_jax
 import micro
+from ds_jax import models
 from ds_jax.benchmark import (
   command,
   inference,
@@ -160,7 +161,9 @@ def test_a_run_is_measured_whole(workdir, capsys):
     ratios['routed_over_widest_memory']
     == used['routed'] / used['dearest bucket']
   )
-  assert min(used.values()) > 0
+  # Those of the images and of all that the model has, at least.
+  stored = sum(a.nbytes for a in jax.tree.leaves(models.variables_of(model)))
+  assert used['routed'] > stored + 8 * 8 * 8 * 3
   # Of the budgets, 40% and 60% of the dearest are below the narrowest's cost.
   routers = {r.name: r.madds for r in rows if r.section == 'routers'}
   assert list(routers) == [
@@ -220,3 +223,12 @@ def test_a_section_that_does_not_exist_is_refused(capsys):
   with pytest.raises(SystemExit):
     command.main(['--model=ds_mobilenet', '--sections=training,speed'])
   assert "'speed' is not one of sub-networks, " in capsys.readouterr().err
+
+
+def test_a_sub_network_runs_in_onnx_runtime(tmp_path):
+  pytest.importorskip('jax2onnx')
+  pytest.importorskip('onnxruntime')
+  subject = inference.Subject(ds_jax.create_model(**micro.MODEL), 8)
+  for form in onnxruntime.FORMS:
+    path = onnxruntime._export(subject, 1, 2, form, tmp_path)
+    assert len(onnxruntime._run(path, subject.images(2), seconds=0)) >= 3

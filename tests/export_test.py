@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -108,7 +109,7 @@ def test_shared_weights_are_stored_once(model, images, predictor, tmp_path):
   assert sorted(a.shape for a in arrays) == sorted(a.shape for a in stored)
 
 
-def test_a_fresh_process_needs_no_model(predictor, images, tmp_path):
+def test_a_fresh_process_needs_the_file_alone(predictor, images, tmp_path):
   export.save(predictor, tmp_path / 'network', batch_size=8)
   np.save(tmp_path / 'images.npy', images)
   program = f"""
@@ -125,16 +126,26 @@ np.save({str(tmp_path / 'labels.npy')!r},
   )
 
 
-@pytest.mark.parametrize('platform', ['cuda', 'tpu'])
-def test_other_platforms_run_a_batch_at_once(predictor, tmp_path, platform):
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
+def test_other_platforms_run_a_batch_at_once(
+  predictor, tmp_path, monkeypatch, platform
+):
   path = tmp_path / 'network'
+  # Chunks of two images of 8 pixels, for a CPU.
+  monkeypatch.setattr(predict, '_CPU_PIXELS', 2 * 64)
   export.save(predictor, path, batch_size=4, platform=platform)
-  with pytest.raises(ValueError, match=f"is for {platform}.*platform='cpu'"):
-    export.load(path)
   program = jax.export.deserialize(bytearray(export._read(path)['program']))
   assert program.platforms == (platform,)
+  text = program.mlir_module()
+  groups = re.findall(r'feature_group_count = (\d+)', text)
+  # The scan over tiles; on a CPU the trunk and each of the three branches have
+  # another over chunks.
+  assert text.count('stablehlo.while') == (5 if platform == 'cpu' else 1)
   # The form of the depthwise convolution that only XLA:CPU does not want.
-  assert 'feature_group_count = ' in program.mlir_module()
+  assert ({'1'} >= set(groups)) == (platform == 'cpu')
+  if platform != 'cpu':
+    with pytest.raises(ValueError, match=f"is for {platform}.*platform='cpu'"):
+      export.load(path)
 
 
 def test_a_damaged_file_is_named(predictor, tmp_path):
@@ -172,3 +183,26 @@ def test_flatbuffers_is_asked_for(predictor, tmp_path, monkeypatch):
   monkeypatch.setattr(builtins, '__import__', fail)
   with pytest.raises(ImportError, match=r"pip install -e '.\[export\]'"):
     export.save(predictor, tmp_path / 'network', batch_size=1)
+
+
+def test_a_write_that_fails_leaves_nothing(predictor, tmp_path, monkeypatch):
+  def fail(_):
+    raise OSError('no space left')
+
+  monkeypatch.setattr(export.os, 'fsync', fail)
+  with pytest.raises(OSError, match='no space left'):
+    export.save(predictor, tmp_path / 'network', batch_size=1)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([], 'CheckpointError: .*nowhere'),
+    (['--router=cascade'], '2'),  # of argparse, before anything is read
+  ],
+)
+def test_the_command_ends_with_one_line(tmp_path, arguments, message):
+  nowhere = ['--workdir', str(tmp_path / 'nowhere'), '--output', 'unused']
+  with pytest.raises(SystemExit, match=message):
+    export.main([*nowhere, *arguments])

@@ -238,7 +238,9 @@ def depthwise_ways(subject: Subject) -> list[timing.Way]:
     x = jnp.ones((1, side, side, spec.widths[-1]))
     kernel = jnp.ones((spec.kernels[-1],) * 2 + (1, spec.widths[-1]))
     for form in (conv.native_depthwise_conv, conv.shifted_depthwise_conv):
-      program = jax.jit(form, static_argnames='stride')
+      program = jax.jit(
+        form, static_argnames='stride', compiler_options=cpu.compiler_options()
+      )
       name = f'{form.__name__.split("_")[0]}, {side} x {side} x {x.shape[-1]}'
       call = functools.partial(program, x, kernel, stride=1)
       ways.append(timing.Way('depthwise', name, 1, 0, call))

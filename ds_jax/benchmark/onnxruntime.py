@@ -113,6 +113,7 @@ def _export(subject, bucket, batch_size, form, folder) -> pathlib.Path:
   # The forms that only XLA needs.
   with (
     mock.patch.object(conv, 'depthwise_conv', conv.native_depthwise_conv),
+    mock.patch.object(conv, 'few_channels_conv', conv.native_conv),
     mock.patch.object(dense, 'matmul', matmul),
   ):
     jax2onnx.to_onnx(run, [images], return_mode='file', output_path=str(path))

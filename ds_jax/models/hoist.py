@@ -20,6 +20,10 @@ from jax.extend import core
 
 Pytree = Any
 
+# Broadcasting costs little, and may be to the batch's size; the platform is
+# the one that the call is lowered for.
+_STAY = ('broadcast_in_dim', 'platform_index')
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -53,8 +57,7 @@ def split(
   moving = set(inputs)
   known, rest = [], []
   for equation in jaxpr.eqns:
-    # Broadcasting costs little, and may be to the batch's size.
-    moves = equation.primitive.name == 'broadcast_in_dim' or any(
+    moves = equation.primitive.name in _STAY or any(
       v in moving for v in equation.invars if _is_variable(v)
     )
     (rest if moves else known).append(equation)

@@ -59,7 +59,5 @@ def test_compiled_gradient_computes_the_sigmoid_again():
   def loss(x):
     return (activation.swish(x) ** 2).sum()
 
-  text = jax.jit(jax.value_and_grad(loss)).lower(jnp.ones(64)).as_text()
-  assert text.count('stablehlo.logistic') == 2 or text.count('exponential') == 2
   compiled = jax.jit(jax.value_and_grad(loss)).lower(jnp.ones(64)).compile()
   assert compiled.as_text().count(' exponential(') == 2

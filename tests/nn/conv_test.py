@@ -110,6 +110,15 @@ class SlicedConvTest(parameterized.TestCase):
     y = jax.jit(conv.patches_conv, static_argnums=2)(x, kernel, stride)
     assert_close(y, numpy_conv(x, kernel, stride), FLOAT32)
 
+  def test_no_images_and_any_number_of_them(self):
+    layer = nn.SlicedConv(3, 4, 3, stride=2, rngs=nnx.Rngs(0))
+    assert jax.jit(layer)(make_input(0, 7, 6, 3)).shape == (0, 4, 3, 4)
+    (batch,) = jax.export.symbolic_shape('n')
+    images = jax.ShapeDtypeStruct((batch, 7, 6, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(layer))(images)
+    x = make_input(5, 7, 6, 3)
+    np.testing.assert_array_equal(exported.call(x), jax.jit(layer)(x))
+
   def test_gradients_of_few_channels_equal_the_native_ones(self):
     layer = nn.SlicedConv(3, 4, 3, stride=2, rngs=nnx.Rngs(0))
     x, kernel = make_input(2, 7, 6, 3), layer.kernel[...]
@@ -225,7 +234,11 @@ class DepthwiseConvTest(parameterized.TestCase):
     assert_close(y, numpy_depthwise_conv(x, kernel, stride), FLOAT32)
 
   @parameterized.parameters(
-    *((*shape, 3) for shape in SHAPES), (3, 1, 7, 6, 40)
+    *((*shape, 3) for shape in SHAPES),
+    (3, 1, 7, 6, 40),
+    # Some pixels meet no tap of a kernel smaller than the stride.
+    (1, 2, 7, 6, 3),
+    (3, 4, 7, 9, 3),
   )
   def test_gradients_equal_the_native_ones(
     self, kernel_size, stride, height, width, channels
