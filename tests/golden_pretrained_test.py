@@ -16,6 +16,8 @@ import pytest
 from convert import plain
 from ds_jax import convert, models
 
+pytestmark = pytest.mark.slow
+
 FOLDER = pathlib.Path(__file__).parent
 
 

@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import parameterized
 
 from ds_jax import models, parallel, predict
 from ds_jax.train import calibrate, gate, optimizer, supernet
+
+pytestmark = pytest.mark.slow
 
 _BOTTLENECKS = dict(
   stem=dict(widths=(8, 16), kernel_size=3, stride=2, pool=True),
