@@ -23,14 +23,18 @@ def _load(path):
   return module
 
 
+# What a config takes, and what it may be but for the default.
+_OTHERS = {'dataset': 'cifar100', 'place': 'late_gate'}
+
+
 def _variants():
-  """Every config, and the other data set of those that take one."""
+  """Every config, and the other data set or gate of those that take one."""
   for path in _CONFIGS:
     get_config = _load(path).get_config
     yield pytest.param(get_config, id=path.stem)
-    if inspect.signature(get_config).parameters:
-      other = functools.partial(get_config, 'cifar100')
-      yield pytest.param(other, id=f'{path.stem}:cifar100')
+    for name in inspect.signature(get_config).parameters:
+      other = functools.partial(get_config, _OTHERS[name])
+      yield pytest.param(other, id=f'{path.stem}:{_OTHERS[name]}')
 
 
 @pytest.mark.parametrize('get_config', [*_variants()])
@@ -76,3 +80,9 @@ def test_a_data_set_that_a_config_does_not_know_is_named(name):
   (path,) = (path for path in _CONFIGS if path.stem == name)
   with pytest.raises(KeyError, match='svhn: expected cifar10 or cifar100'):
     _load(path).get_config('svhn')
+
+
+def test_a_place_that_the_config_does_not_know_is_named():
+  (path,) = (p for p in _CONFIGS if p.stem == 'ds_mobilenet_fashion_mnist')
+  with pytest.raises(KeyError, match='nowhere: expected early_gate or late_'):
+    _load(path).get_config('nowhere')
