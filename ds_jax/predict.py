@@ -94,7 +94,7 @@ class Predictor:
     self.weights = (
       self.parts.prepare(self._variables) if presliced else self._variables
     )
-    options = cpu.compiler_options()
+    options = cpu.compiler_options(slices_weights=not presliced)
     self._route = jax.jit(
       functools.partial(_route, self.parts), compiler_options=options
     )

@@ -51,18 +51,40 @@ def test_freed_memory_is_kept():
 
 
 def test_xla_takes_the_options():
-  # Not None on a machine with AVX-512 alone, so they are given here.
-  options = cpu.WIDE_VECTORS
+  # Those for AVX-512 are not given on every machine, so they are here.
+  options = cpu.WIDE_VECTORS | cpu.SLICES_WHEN_NEEDED
   x = np.linspace(-1, 1, 100, dtype=np.float32)
   program = jax.jit(lambda x: jnp.tanh(2 * x), compiler_options=options)
   np.testing.assert_allclose(program(x), np.tanh(2 * x), rtol=1e-6)
 
 
-def test_options_are_for_wide_vectors_alone(tmp_path, monkeypatch):
+def test_slices_that_are_made_when_needed_take_less_memory():
+  def run(weights, x):
+    for weight in weights:
+      x = jnp.tanh(x @ weight[:256, :256])
+    return x
+
+  weights = [jnp.ones((512, 512))] * 8
+  x = jnp.ones((1, 256))
+
+  def temporary(options):
+    lowered = jax.jit(run).lower(weights, x)
+    stats = lowered.compile(compiler_options=options).memory_analysis()
+    return stats.temp_size_in_bytes
+
+  # All eight slices, and one or two.
+  assert temporary(None) > 8 * x.nbytes * 256
+  assert temporary(cpu.SLICES_WHEN_NEEDED) < 3 * x.nbytes * 256
+
+
+def test_options_fit_the_machine(tmp_path, monkeypatch):
   info = tmp_path / 'cpuinfo'
   monkeypatch.setattr(cpu, '_CPU_INFO', str(info))
   assert cpu.compiler_options() is None
+  assert cpu.compiler_options(slices_weights=True) == cpu.SLICES_WHEN_NEEDED
   info.write_text('flags\t\t: fpu avx avx2 f16c')
   assert cpu.compiler_options() is None
   info.write_text('flags\t\t: fpu avx avx2 avx512f avx512dq')
   assert cpu.compiler_options() == cpu.WIDE_VECTORS
+  both = cpu.WIDE_VECTORS | cpu.SLICES_WHEN_NEEDED
+  assert cpu.compiler_options(slices_weights=True) == both

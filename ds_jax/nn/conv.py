@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds_jax.nn import fusion
+from ds_jax.nn import dense, fusion
 
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
@@ -145,7 +145,9 @@ def patches_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     for i in range(size)
     for j in range(0, size, stride)
   ]
-  return jnp.concatenate(patches, -1) @ kernel.reshape(-1, features)
+  return dense.matmul(
+    jnp.concatenate(patches, -1), kernel.reshape(-1, features)
+  )
 
 
 class SlicedDepthwiseConv(nnx.Module):
