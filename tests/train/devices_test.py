@@ -11,6 +11,8 @@ from absl.testing import parameterized
 from ds_jax import models, parallel
 from ds_jax.train import budget, calibrate, gate, optimizer, supernet
 
+pytestmark = pytest.mark.slow
+
 BATCH_SIZE, NUM_STEPS = 16, 3
 STAGES = ('supernet', 'calibrate', 'gate', 'budget')
 
