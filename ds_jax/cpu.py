@@ -20,7 +20,7 @@ _CPU_INFO = '/proc/cpuinfo'
 def compiler_options(
   slices_weights: bool = False,
 ) -> dict[str, int | str] | None:
-  """Returns options for `jax.jit`; None where there are none, but on a CPU.
+  """Returns options for `jax.jit`; None where there are none to give.
 
   Whole registers, where there is AVX-512, make DS-MobileNet 3 to 8% faster at
   224 pixels.
