@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import layout
 
 from ds_jax import checkpoint, cpu, data, models, routing, validation
 from ds_jax.models import hoist
@@ -367,11 +368,16 @@ class Parts:
       part: self._split(part, images if part == 'trunk' else features)
       for part in ('trunk', 'gate', *self.branches)
     }
-    return jax.jit(
-      lambda variables: {
-        part: split.prepare(variables) for part, split in splits.items()
-      }
-    )(variables)
+
+    def prepare(variables):
+      return {part: split.prepare(variables) for part, split in splits.items()}
+
+    formats = None
+    if jax.default_backend() == 'gpu':
+      (device,) = jax.tree.leaves(variables)[0].devices()
+      made = jax.eval_shape(prepare, variables)
+      formats = jax.tree.map(lambda x: _gpu_format(x.ndim, device), made)
+    return jax.jit(prepare, out_shardings=formats)(variables)
 
   def __call__(self, part: str, weights, x: jax.Array) -> jax.Array:
     """Runs a part on weights of either kind."""
@@ -395,7 +401,13 @@ class Parts:
     key = part, x.shape, x.dtype
     if key not in self._splits:
       run = functools.partial(self._run, part)
-      self._splits[key] = hoist.split(run, self._variables, x)
+      self._splits[key] = hoist.split(
+        run,
+        self._variables,
+        x,
+        # As of the weights, which may be exported for another platform.
+        pack_vectors=jax.default_backend() == 'cpu',
+      )
     return self._splits[key]
 
   def _run(self, part, variables, x):
@@ -408,6 +420,17 @@ class Parts:
       if part == 'gate':
         return model.gate_logits(x)
       return model.branch(x, self.branches[part])
+
+
+def _gpu_format(num_axes: int, device) -> layout.Format:
+  """How a prepared array lies in memory.
+
+  cuDNN reads a convolution's kernel (k, k, I, O) with the outputs first, and
+  would be given a transposed copy in every call.
+  """
+  axes = (3, 0, 1, 2) if num_axes == 4 else tuple(range(num_axes))
+  sharding = jax.sharding.SingleDeviceSharding(device)
+  return layout.Format(layout.Layout(axes), sharding)
 
 
 # Pixels of images that run at a time on CPU. The activations of more leave the

@@ -1,6 +1,7 @@
 """The benchmark runs on a tiny network, and its numbers add up."""
 
 import builtins
+import dataclasses
 import json
 import statistics
 
@@ -217,6 +218,40 @@ def test_comparing_without_its_packages_says_what_to_install(
   subject = inference.Subject(ds_jax.create_model(**micro.MODEL), 8)
   with pytest.raises(ImportError, match='install --no-deps jax2onnx'):
     onnxruntime.compare(subject, [0], [1], seconds=0)
+
+
+def test_a_bucket_that_does_not_exist_is_refused():
+  model = ds_jax.create_model(**micro.MODEL)
+  with pytest.raises(ValueError, match='expected some of 0 to 2'):
+    inference.Subject(model, 8, buckets=(0, 3))
+
+
+def test_chosen_buckets_are_compared_with_the_last_of_them():
+  model = ds_jax.create_model(**micro.MODEL)
+  ways = inference.subnet_ways(inference.Subject(model, 8, (0, 1)), [2])
+  assert {way.name.partition(',')[0] for way in ways} == {
+    'bucket 0',
+    'bucket 1',
+  }
+  assert {way.reference.partition(',')[0] for way in ways} == {'bucket 1'}
+
+
+def test_what_is_measured_is_written_at_once(tmp_path, monkeypatch):
+  def stop(ways, seconds):
+    if ways[0].section != 'matmul':
+      raise KeyboardInterrupt
+    return [dataclasses.replace(row('2048', [0.5]), section='matmul')]
+
+  monkeypatch.setattr(timing, 'time_in_turn', stop)
+  path = tmp_path / 'benchmark.json'
+  with pytest.raises(KeyboardInterrupt):
+    command.run(
+      command.Options(
+        model='ds_vit_cifar', sections=['sub-networks'], json=str(path)
+      )
+    )
+  (only,) = json.loads(path.read_text())['rows']
+  assert only['section'] == 'matmul'
 
 
 def test_a_section_that_does_not_exist_is_refused(capsys):

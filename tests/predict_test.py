@@ -102,6 +102,22 @@ class PredictorTest(parameterized.TestCase):
       atol=1e-5,
     )
 
+  def test_weights_laid_out_for_a_gpu_give_the_same(self):
+    with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
+      gpu = predict.Predictor(
+        self.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
+      )
+      ours, theirs = self.predictor(self.images), gpu(self.images)
+    np.testing.assert_array_equal(ours.buckets, theirs.buckets)
+    np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+    # Outputs first, and nothing packed.
+    layouts = {
+      (w.ndim, w.format.layout.major_to_minor)
+      for w in jax.tree.leaves(gpu.weights)
+    }
+    assert layouts == {(2, (0, 1)), (4, (3, 0, 1, 2))}
+    assert len(gpu.weights['0']) > len(self.predictor.weights['0'])
+
   def test_another_size_is_resized_as_in_evaluation(self):
     large = np.random.default_rng(0).integers(0, 256, (2, 20, 16, 3))
     large = large.astype(np.uint8)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jaxlib
+import numpy as np
 from absl import logging
 
 from ds_jax import checkpoint, cpu, data, models, predict
@@ -24,7 +25,14 @@ from ds_jax.benchmark import (
   training,
 )
 
-SECTIONS = ('sub-networks', 'dispatch', 'training', 'start-up', 'routers')
+SECTIONS = (
+  'sub-networks',
+  'dispatch',
+  'memory',
+  'training',
+  'start-up',
+  'routers',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +44,9 @@ class Options:
     workdir: a run, to its end.
     num_classes: of a model by name.
     image_size: of a model by name, in pixels; None means the model's own.
+    dtype: of a model by name, `float32` or `bfloat16`.
     batch_sizes: of inference.
+    buckets: whose sub-networks are timed; None means every one.
     train_batch_size: of training steps.
     sections: some of `SECTIONS`.
     seconds: for which each section and batch size is timed.
@@ -49,7 +59,9 @@ class Options:
   workdir: str | None = None
   num_classes: int = 1000
   image_size: int | None = None
+  dtype: str = 'float32'
   batch_sizes: Sequence[int] = (1, 8, 64)
+  buckets: Sequence[int] | None = None
   train_batch_size: int = 16
   sections: Sequence[str] = SECTIONS
   seconds: float = 20.0
@@ -65,8 +77,9 @@ def run(options: Options) -> dict[str, Any]:
     predictor = predict.Predictor.restore(options.workdir)
     model = predictor.model
   else:
-    predictor, model = None, models.create_model(**config)
-  subject = inference.Subject(model, image_size)
+    predictor, model = None, _without_zeros(models.create_model(**config))
+  subject = inference.Subject(model, image_size, options.buckets)
+  about = _about(options, subject)
   rows: list[timing.Row] = []
   results: dict[str, Any] = {'ratios': {}, 'lists': {}}
   ratios, lists = results['ratios'], results['lists']
@@ -77,6 +90,9 @@ def run(options: Options) -> dict[str, Any]:
     logging.info('%s, batch %d ...', ways[0].section, ways[0].batch_size)
     new = timing.time_in_turn(ways, options.seconds)
     rows.extend(new)
+    # Again and again, so that a run that is cut short leaves something.
+    if options.json:
+      output.write(pathlib.Path(options.json), about, rows, results)
     return new
 
   (matmul,) = measure(training.matmul_ways(model.dtype))
@@ -93,14 +109,16 @@ def run(options: Options) -> dict[str, Any]:
     # By itself, since it takes so much memory that it slows down the others.
     new = measure(ways) + measure([vmapped])
     ratios.update(inference.dispatch_ratios(new))
+    depthwise = measure(inference.depthwise_ways(subject))
+    if depthwise and jax.default_backend() == 'cpu':
+      ratios.update(inference.depthwise_ratios(depthwise))
+  if 'memory' in options.sections:
+    largest = max(options.batch_sizes)
     used = inference.memory(subject, largest)
     lists['memory_bytes'] = used
     ratios['routed_over_widest_memory'] = (
       used['routed'] / used['dearest bucket']
     )
-    depthwise = measure(inference.depthwise_ways(subject))
-    if depthwise and jax.default_backend() == 'cpu':
-      ratios.update(inference.depthwise_ratios(depthwise))
   if 'training' in options.sections:
     forward, gradient, *steps = training.training_ways(
       model, image_size, options.train_batch_size
@@ -130,7 +148,6 @@ def run(options: Options) -> dict[str, Any]:
     ratios['onnxruntime_over_ours'] = found['direct']
     lists['onnxruntime_over_ours'] = found
 
-  about = _about(options, subject)
   print(', '.join(f'{name} {value}' for name, value in about.items()))
   print(output.table(rows, rate))
   print()
@@ -155,8 +172,23 @@ def _what(options) -> tuple[dict[str, Any], int]:
   return {
     'name': options.model,
     'num_classes': options.num_classes,
+    'dtype': options.dtype,
     **sized,
   }, size
+
+
+def _without_zeros(model):
+  """Stirs fresh weights, of which some are zero.
+
+  A GPU draws less power on zeros, and is faster.
+  """
+  variables = models.variables_of(model)
+  rng = np.random.default_rng(0)
+  params = {
+    path: x + rng.normal(0, 0.02, x.shape).astype(x.dtype)
+    for path, x in variables.params.items()
+  }
+  return models.Architecture(model).bind(variables.replace(params=params))
 
 
 def _dataset(options, image_size):
@@ -193,8 +225,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--num_classes', type=int, default=1000)
   parser.add_argument('--image_size', type=int, help='pixels a side')
   parser.add_argument(
+    '--dtype', choices=['float32', 'bfloat16'], default=defaults.dtype
+  )
+  parser.add_argument(
     '--batch_sizes', type=_numbers, default=defaults.batch_sizes
   )
+  parser.add_argument('--buckets', type=_numbers, help='0,3: not every one')
   parser.add_argument('--train_batch_size', type=int, default=16)
   parser.add_argument('--sections', type=_sections, default=SECTIONS)
   parser.add_argument(

@@ -23,7 +23,9 @@ SHARES = (0.5, 0.25, 0.15, 0.10)
 class Subject:
   """A model in both forms of the Predictor."""
 
-  def __init__(self, model, image_size: int):
+  def __init__(
+    self, model, image_size: int, buckets: Sequence[int] | None = None
+  ):
     self.model = model
     self.image_size = image_size
     make = functools.partial(
@@ -36,6 +38,12 @@ class Subject:
     self.shared = make(presliced=False)
     self.own = make(presliced=True)
     self.num_buckets = len(model.routing_space)
+    self.buckets = range(self.num_buckets) if buckets is None else buckets
+    if not set(self.buckets) <= set(range(self.num_buckets)):
+      raise ValueError(
+        f'buckets={tuple(buckets)}: expected some of 0 to'
+        f' {self.num_buckets - 1}.'
+      )
 
   def images(self, batch_size: int) -> jax.Array:
     """Returns random uint8 images on the device."""
@@ -65,7 +73,7 @@ def subnet_ways(
   ways = []
   for batch_size in batch_sizes:
     images = subject.images(batch_size)
-    for bucket in range(subject.num_buckets):
+    for bucket in subject.buckets:
       forms = {
         'sliced': subject.shared.program(bucket),
         'own weights': subject.own.program(bucket),
@@ -80,7 +88,7 @@ def subnet_ways(
             batch_size,
             subject.madds(bucket),
             functools.partial(program, images),
-            f'bucket {subject.num_buckets - 1}, {form}',
+            f'bucket {subject.buckets[-1]}, {form}',
           )
         )
   return ways
@@ -90,17 +98,16 @@ def subnet_ratios(
   subject: Subject, rows: Sequence[timing.Row], matmul_rate: float
 ) -> tuple[dict, dict]:
   """Returns the bars of the sub-networks, and what they are medians of."""
-  buckets = range(subject.num_buckets)
   slicing = {
     f'{bucket}/{batch_size}': ratio
-    for bucket in buckets
+    for bucket in subject.buckets
     for batch_size, ratio in timing.ratio(
       rows, f'bucket {bucket}, sliced', f'bucket {bucket}, own weights'
     ).items()
   }
   switch = {
     str(bucket): ratio
-    for bucket in buckets
+    for bucket in subject.buckets
     for ratio in timing.ratio(
       rows, f'bucket {bucket}, switch', f'bucket {bucket}, own weights'
     ).values()

@@ -102,13 +102,14 @@ class SeparableBlock(nnx.Module):
 
   def extract(self, x, kernel_size, row, momentum=None):
     """The part before the attention: depthwise, norm, swish."""
-    x = self.depthwise(x, kernel_size)
-    return activation.swish(self.depthwise_norm(x, row, momentum))
+    x = self.depthwise_norm.after(self.depthwise, x, kernel_size, row, momentum)
+    return activation.swish(x)
 
   def project(self, x, features, row, momentum=None):
     """The part from the attention on: attention, pointwise, norm, swish."""
-    x = self.pointwise(self.gate.attention(x), features)
-    return activation.swish(self.pointwise_norm(x, row, momentum))
+    x = self.gate.attention(x)
+    x = self.pointwise_norm.after(self.pointwise, x, features, row, momentum)
+    return activation.swish(x)
 
 
 class MobileNet(base.SlicedNetwork):
@@ -221,8 +222,9 @@ class MobileNet(base.SlicedNetwork):
     del rng
     subnet = subnet or self.narrowest
     row = self._trunk_row(subnet)
-    x = self.stem(self._prepare(images), subnet.stem.width)
-    x = activation.swish(self.stem_norm(x, row, momentum))
+    x = self._prepare(images)
+    x = self.stem_norm.after(self.stem, x, subnet.stem.width, row, momentum)
+    x = activation.swish(x)
     for i in range(self.gate_stage):
       for block in self.stages[i]:
         x = block.extract(x, subnet.stages[i].kernel, row, momentum)

@@ -142,15 +142,15 @@ class Bottleneck(nnx.Module):
     momentum: float | jax.Array | None = None,
   ) -> jax.Array:
     """Takes x (N, H, W, c) to (N, h, w, stage.width)."""
-    y = self.reduce(x, stage.inner)
-    y = jax.nn.relu(self.reduce_norm(y, row, momentum))
-    y = self.spatial(y, stage.inner)
-    y = jax.nn.relu(self.spatial_norm(y, row, momentum))
-    y = self.expand(self.gate.attention(y), stage.width)
-    y = self.expand_norm(y, row, momentum)
+    y = self.reduce_norm.after(self.reduce, x, stage.inner, row, momentum)
+    y = jax.nn.relu(y)
+    y = self.spatial_norm.after(self.spatial, y, stage.inner, row, momentum)
+    y = self.gate.attention(jax.nn.relu(y))
+    y = self.expand_norm.after(self.expand, y, stage.width, row, momentum)
     if self.projection is not None:
-      x = self.projection(x, stage.width)
-      x = self.projection_norm(x, row, momentum)
+      x = self.projection_norm.after(
+        self.projection, x, stage.width, row, momentum
+      )
     return jax.nn.relu(x + y)
 
 
@@ -246,8 +246,9 @@ class ResNet(base.SlicedNetwork):
     del rng
     subnet = subnet or self.narrowest
     row = self._trunk_row(subnet)
-    x = self.stem(self._prepare(images), subnet.stem.width)
-    x = jax.nn.relu(self.stem_norm(x, row, momentum))
+    x = self._prepare(images)
+    x = self.stem_norm.after(self.stem, x, subnet.stem.width, row, momentum)
+    x = jax.nn.relu(x)
     if self.stem_spec.pool:
       x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     for i in range(self.gate_stage):

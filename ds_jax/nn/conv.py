@@ -53,12 +53,18 @@ class SlicedConv(nnx.Module):
     self.kernel = nnx.Param(init(rngs.params(), shape))
     self.stride = stride
 
-  def __call__(self, x: jax.Array, features: int | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    features: int | None = None,
+    scale: jax.Array | None = None,
+  ) -> jax.Array:
     """Applies the slice that takes x's channels to `features`.
 
     Args:
       x: (N, H, W, i) with i <= I.
       features: o, static; None means O.
+      scale: (O,), of the outputs.
 
     Returns:
       (N, ceil(H / stride), ceil(W / stride), o), in x's dtype.
@@ -73,7 +79,10 @@ class SlicedConv(nnx.Module):
         f'Slice {x.shape[-1]} -> {width} does not fit a convolution of'
         f' {full_in} -> {full_out} channels.'
       )
-    kernel = self.kernel[:, :, : x.shape[-1], :width].astype(x.dtype)
+    kernel = dense.scaled(self.kernel[:, :, : x.shape[-1], :width], scale)
+    kernel = kernel.astype(x.dtype)
+    if size == 1:
+      return pointwise_conv(x, kernel, self.stride)
     if x.shape[-1] > _FEW_CHANNELS or size > _SMALL:
       return native_conv(x, kernel, self.stride)
     return few_channels_conv(x, kernel, self.stride)
@@ -87,6 +96,20 @@ def few_channels_conv(
     x,
     kernel,
     cpu=functools.partial(patches_conv, stride=stride),
+    default=functools.partial(native_conv, stride=stride),
+  )
+
+
+def pointwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """`native_conv` of single pixels, fast on every platform.
+
+  A product on CPU: ResNet-50's eight images take 1.2 times as long by XLA:CPU's
+  convolutions. cuDNN's also add the bias and the shortcut.
+  """
+  return jax.lax.platform_dependent(
+    x,
+    kernel,
+    cpu=lambda x, kernel: dense.matmul(x[:, ::stride, ::stride], kernel[0, 0]),
     default=functools.partial(native_conv, stride=stride),
   )
 
@@ -169,12 +192,18 @@ class SlicedDepthwiseConv(nnx.Module):
     self.kernel = nnx.Param(init(rngs.params(), shape))
     self.stride = stride
 
-  def __call__(self, x: jax.Array, kernel_size: int | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    kernel_size: int | None = None,
+    scale: jax.Array | None = None,
+  ) -> jax.Array:
     """Convolves each channel of x with the centre of its kernel.
 
     Args:
       x: (N, H, W, c) with c <= C.
       kernel_size: odd, static; None means the full size.
+      scale: (C,), of the outputs.
 
     Returns:
       (N, ceil(H / stride), ceil(W / stride), c), in x's dtype.
@@ -198,6 +227,7 @@ class SlicedDepthwiseConv(nnx.Module):
     start = (full_size - size) // 2
     stop = start + size
     kernel = self.kernel[start:stop, start:stop, :, : x.shape[-1]]
+    kernel = dense.scaled(kernel, scale)
     return depthwise_conv(x, kernel.astype(x.dtype), self.stride)
 
 

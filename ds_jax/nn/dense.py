@@ -37,12 +37,18 @@ class SlicedDense(nnx.Module):
     self.kernel = nnx.Param(init(rngs.params(), (in_features, features)))
     self.bias = nnx.Param(jnp.zeros((features,))) if use_bias else None
 
-  def __call__(self, x: jax.Array, features: int | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    features: int | None = None,
+    scale: jax.Array | None = None,
+  ) -> jax.Array:
     """Applies the slice that takes x's width to `features`.
 
     Args:
       x: (..., i) with i <= I.
       features: o, static; None means O.
+      scale: (O,), of the outputs before the bias.
 
     Returns:
       (..., o), in x's dtype.
@@ -57,11 +63,25 @@ class SlicedDense(nnx.Module):
         f'Slice {x.shape[-1]} -> {width} does not fit a dense layer of'
         f' {full_in} -> {full_out}.'
       )
-    y = matmul(x, self.kernel[: x.shape[-1], :width].astype(x.dtype))
-    if self.bias is None:
-      return y
-    bias = self.bias[:width].astype(x.dtype)
-    return y + bias.reshape((1,) * (y.ndim - 1) + (width,))
+    kernel = scaled(self.kernel[: x.shape[-1], :width], scale)
+    y = matmul(x, kernel.astype(x.dtype))
+    return y if self.bias is None else shifted(y, self.bias)
+
+
+def scaled(kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
+  """Returns a kernel (..., o) times the leading slice of scale (O,), if any."""
+  return kernel if scale is None else kernel * _leading(scale, kernel)
+
+
+def shifted(y: jax.Array, shift: jax.Array) -> jax.Array:
+  """Returns y (..., o) plus the leading slice of shift (O,), in y's dtype."""
+  return y + _leading(shift, y).astype(y.dtype)
+
+
+def _leading(vector, like):
+  width = like.shape[-1]
+  # Of as many axes, so that nothing is broadcast before it is used.
+  return vector[:width].reshape((1,) * (like.ndim - 1) + (width,))
 
 
 @jax.custom_vjp

@@ -3,9 +3,13 @@
 Axes: N batch, H, W, C channels, R rows of statistics.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from ds_jax.nn import dense
 
 
 class SlicedBatchNorm(nnx.Module):
@@ -67,11 +71,42 @@ class SlicedBatchNorm(nnx.Module):
       unbiased = variance * (count / max(count - 1, 1))
       self._move(self.mean, row, mean, momentum)
       self._move(self.variance, row, unbiased, momentum)
-    scale = self.scale[:width] * jax.lax.rsqrt(variance + self.epsilon)
-    shift = self.bias[:width] - mean * scale
+    scale, shift = self._affine(mean, variance)
     shape = (1,) * (x.ndim - 1) + (width,)
     y = x.astype(jnp.float32) * scale.reshape(shape) + shift.reshape(shape)
     return y.astype(x.dtype)
+
+  def after(
+    self,
+    layer: Callable[..., jax.Array],
+    x: jax.Array,
+    size: int | None,
+    row: int,
+    momentum: float | jax.Array | None = None,
+  ) -> jax.Array:
+    """`self(layer(x, size), row, momentum)`, for less.
+
+    Running statistics make the norm a scale and a shift. The scale goes into
+    the layer's kernel, which is done once for all calls where weights are
+    prepared, and the shift is a bias, which cuDNN adds in its convolution.
+
+    Args:
+      layer: without a bias; called as `layer(x, size, scale)`.
+      x: as of the layer.
+      size: as of the layer.
+      row: as of a call.
+      momentum: as of a call.
+    """
+    if momentum is not None:
+      return self(layer(x, size), row, momentum)
+    scale, shift = self._affine(self.mean[row], self.variance[row])
+    return dense.shifted(layer(x, size, scale), shift)
+
+  def _affine(self, mean, variance):
+    """Returns scale and shift (c,)."""
+    width = len(mean)
+    scale = self.scale[:width] * jax.lax.rsqrt(variance + self.epsilon)
+    return scale, self.bias[:width] - mean * scale
 
   def _move(self, running, row, batch, momentum):
     width = batch.shape[0]

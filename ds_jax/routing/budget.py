@@ -18,7 +18,7 @@ from ds_jax.routing import outcomes as outcomes_lib
 from ds_jax.routing import router as routers
 
 # Halvings of an interval of prices or thresholds, past a float32's digits.
-_NUM_HALVINGS = 60
+_NUM_HALVINGS = 40
 # Of the budget: what a router may miss it by on the dial's own images.
 _TOLERANCE = 0.02
 
@@ -261,22 +261,18 @@ def _search(
   outcomes: outcomes_lib.Outcomes,
   costs: outcomes_lib.BucketCosts,
 ) -> routers.Router:
-  """Finds the router of an interval, cheap end first, that spends `madds`."""
-  cheap, dear = interval
-  for _ in range(_NUM_HALVINGS):
-    middle = (cheap + dear) / 2
-    spent = mean_madds(make(middle), outcomes, costs)
-    if spent > madds:
-      dear = middle
-    else:
-      cheap = middle
-    if abs(spent - madds) < 1e-4 * madds:
-      return make(middle)
-  nearest = min(
-    (make(cheap), make(dear)),
-    key=lambda router: abs(mean_madds(router, outcomes, costs) - madds),
-  )
-  reached = mean_madds(nearest, outcomes, costs)
+  """Finds the router of an interval, cheap end first, that spends `madds`.
+
+  Of all that spend the same it is the one in the middle: at the end of them an
+  image would be on the edge, and go either way by how its scores are rounded.
+  """
+
+  def spent(place):
+    return mean_madds(make(place), outcomes, costs)
+
+  cheap, dear = _bisect(lambda place: spent(place) <= madds, interval)
+  nearest = min((cheap, dear), key=lambda place: abs(spent(place) - madds))
+  reached = spent(nearest)
   # One image more or less is as near as any router comes.
   step = np.ptp(costs.buckets) / len(outcomes)
   if abs(reached - madds) > _TOLERANCE * madds + step:
@@ -285,4 +281,25 @@ def _search(
       f' can spend {reached:,.0f}, and then too much at once, since it cannot'
       ' tell many images apart. Take another budget or router.'
     )
-  return nearest
+  ends = [
+    _bisect(lambda place: spent(place) == reached, (nearest, end))[0]
+    for end in interval
+  ]
+  return make(sum(ends) / 2)
+
+
+def _bisect(
+  holds: Callable[[float], bool], interval: tuple[float, float]
+) -> tuple[float, float]:
+  """Returns two numbers close together, of which it holds at the first alone.
+
+  It holds at one end of the interval, the first, and up to somewhere.
+  """
+  yes, no = interval
+  for _ in range(_NUM_HALVINGS):
+    middle = (yes + no) / 2
+    if holds(middle):
+      yes = middle
+    else:
+      no = middle
+  return yes, no

@@ -22,7 +22,7 @@ def test_what_needs_the_weights_alone_is_computed_once():
     'c': rng.normal(size=4),
   }
   x = jax.ShapeDtypeStruct((3,), jnp.float32)
-  split = hoist.split(function, weights, x)
+  split = hoist.split(function, weights, x, pack_vectors=True)
   prepared = jax.jit(split.prepare)(weights)
   # A number, the kernel as it is, and the one vector.
   assert [np.shape(array) for array in prepared] == [(3, 2), (), (2,)]
@@ -44,9 +44,11 @@ def test_prepared_weights_serve_every_batch_size():
     return architecture.bind(variables)(x, subnet)
 
   one = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-  prepared = jax.jit(hoist.split(run, variables, one).prepare)(variables)
+  split = hoist.split(run, variables, one, pack_vectors=True)
+  prepared = jax.jit(split.prepare)(variables)
   x = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
-  logits = jax.jit(hoist.split(run, variables, x).run)(prepared, x)
+  split = hoist.split(run, variables, x, pack_vectors=True)
+  logits = jax.jit(split.run)(prepared, x)
   expected = jax.jit(run)(variables, x)
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
@@ -63,12 +65,12 @@ def test_no_slice_of_a_weight_is_left(name):
   def run(variables, x):
     return architecture.bind(variables)(x, model.narrowest)
 
-  split = hoist.split(run, variables, x)
+  split = hoist.split(run, variables, x, pack_vectors=True)
   prepared = jax.eval_shape(split.prepare, variables)
   narrow = model.cost(model.narrowest, 224).params
   size = sum(array.size for array in prepared)
-  # Parameters and, of batch norms, scale and shift for mean and variance.
-  assert narrow <= size <= 1.02 * narrow
+  # Parameters; of a batch norm, a shift alone, which is a hundredth at most.
+  assert 0.99 * narrow <= size <= narrow
   rest = jax.make_jaxpr(split.run)(prepared, x).jaxpr
   # Of the vectors' packs, one for each dtype, there are slices.
   arguments = {v for v in rest.invars[: len(prepared)] if v.aval.ndim > 1}

@@ -57,6 +57,43 @@ class SlicedBatchNormTest(parameterized.TestCase):
     for name, array in arrays_of(norm).items():
       np.testing.assert_array_equal(array, before[name])
 
+  @parameterized.product(
+    kind=('conv', 'pointwise', 'depthwise', 'dense'),
+    width=(3, 5),
+    momentum=(None, 0.1),
+  )
+  def test_after_a_layer_is_the_layer_and_the_norm(self, kind, width, momentum):
+    rngs = nnx.Rngs(0)
+    layer, size = {
+      'conv': (nn.SlicedConv(4, WIDTH, 3, rngs=rngs), width),
+      'pointwise': (nn.SlicedConv(4, WIDTH, 1, stride=2, rngs=rngs), width),
+      'depthwise': (nn.SlicedDepthwiseConv(WIDTH, 5, rngs=rngs), 3),
+      'dense': (nn.SlicedDense(4, WIDTH, use_bias=False, rngs=rngs), width),
+    }[kind]
+    x = make_input(2, 6, 5, width if kind == 'depthwise' else 4)
+    norm, other = make_norm(), make_norm()
+    if momentum is None:
+      arrays = arrays_of(norm)
+      mean, variance = (arrays[n][1, :width] for n in ('mean', 'variance'))
+      expected = normalize(np.array(layer(x, size)), mean, variance, arrays)
+    else:
+      expected = other(layer(x, size), 1, momentum)
+    found = norm.after(layer, x, size, 1, momentum)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    for name, array in arrays_of(norm).items():
+      np.testing.assert_array_equal(array, arrays_of(other)[name])
+
+  def test_after_a_bfloat16_layer_is_bfloat16(self):
+    layer = nn.SlicedConv(4, WIDTH, 3, rngs=nnx.Rngs(0))
+    x = jnp.asarray(make_input(2, 6, 5, 4), jnp.bfloat16)
+    found = make_norm().after(layer, x, 3, 0)
+    assert found.dtype == jnp.bfloat16
+    expected = make_norm()(layer(x.astype(jnp.float32), 3), 0)
+    # A few roundings to 8 bits of numbers of about 5.
+    np.testing.assert_allclose(
+      found.astype(np.float32), expected, rtol=2e-2, atol=5e-2
+    )
+
   @parameterized.product(width=(1, 3, 5), shape=((2, 3, 4), (7,)))
   def test_training_normalises_with_the_batch(self, width, shape):
     norm = make_norm()

@@ -130,6 +130,24 @@ class HeldOutBudgetTest(parameterized.TestCase):
       assert abs(spent - madds) <= max((high - low) / 600, 1e-4 * madds)
       assert budget.mean_madds(router, outcomes, _COSTS) == spent
 
+  @parameterized.parameters(*_DIALS)
+  def test_no_image_is_on_the_edge(self, name):
+    outcomes = _trained_looking(300, seed=0)
+    dial = _DIALS[name](outcomes, _COSTS)
+    low, high = dial.limits
+    for fraction in (0.3, 0.6):
+      router = dial.router(low + fraction * (high - low))
+      spent = _spent(router, outcomes, _COSTS)
+      for factor in (1 - 1e-5, 1 + 1e-5):
+        # As of logits that another machine has rounded.
+        moved = jax.tree.map(
+          lambda x, factor=factor: (
+            x * np.float32(factor) if x.dtype == np.float32 else x
+          ),
+          outcomes,
+        )
+        np.testing.assert_array_equal(_spent(router, moved, _COSTS), spent)
+
   def test_more_budget_runs_no_image_for_less(self):
     outcomes = _trained_looking(600, 6)
     dial = routing.CascadeDial(outcomes, _COSTS, (0, 1, 2))

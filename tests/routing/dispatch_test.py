@@ -1,6 +1,7 @@
 """Tiled dispatch against one `lax.switch` an image."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,20 @@ class TilePlanTest(parameterized.TestCase):
   )
   def test_default_tile_sizes(self, batch_size, num_buckets, expected):
     assert dispatch.default_tile_sizes(batch_size, num_buckets) == expected
+
+  @parameterized.parameters(
+    (256, 4, (64, 32)),
+    (64, 14, (16, 8)),
+    (32, 4, (8,)),
+    (20, 4, (8,)),
+    (3, 4, (2,)),
+    (1, 4, (1,)),
+  )
+  def test_default_tile_sizes_elsewhere(
+    self, batch_size, num_buckets, expected
+  ):
+    with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
+      assert dispatch.default_tile_sizes(batch_size, num_buckets) == expected
 
 
 def _layout(buckets, num_buckets, tile_sizes):
