@@ -107,7 +107,8 @@ class PredictorTest(parameterized.TestCase):
       gpu = predict.Predictor(
         self.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
       )
-      ours, theirs = self.predictor(self.images), gpu(self.images)
+      theirs = gpu(self.images)
+    ours = self.predictor(self.images)
     np.testing.assert_array_equal(ours.buckets, theirs.buckets)
     np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
     # Outputs first, and nothing packed.

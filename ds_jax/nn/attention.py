@@ -11,8 +11,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
   """Returns softmax(query key / sqrt(D)) value, each (N, T, h, D).
 
   On an NVIDIA GPU bfloat16 goes to cuDNN, whose kernel keeps no scores: batches
-  of ViT-S/16 are 1.3 times as fast with it. The choice is made at tracing, since
-  cuDNN has to be there then.
+  of ViT-S/16 are 1.3 times as fast with it. The choice is made at tracing,
+  since cuDNN has to be there then.
   """
   if query.dtype == jnp.bfloat16 and query.shape[-1] % 8 == 0 and _has_cudnn():
     return in_pairs(query, key, value, implementation='cudnn')

@@ -84,11 +84,13 @@ class SlicedBatchNorm(nnx.Module):
     row: int,
     momentum: float | jax.Array | None = None,
   ) -> jax.Array:
-    """`self(layer(x, size), row, momentum)`, for less.
+    """`self(layer(x, size), row, momentum)`, for less on accelerators.
 
-    Running statistics make the norm a scale and a shift. The scale goes into
-    the layer's kernel, which is done once for all calls where weights are
-    prepared, and the shift is a bias, which cuDNN adds in its convolution.
+    Running statistics make the norm a scale and a shift. There the scale goes
+    into the layer's kernel, once for all calls where weights are prepared, and
+    the shift is a bias, which cuDNN adds in its convolution. On CPU both are
+    part of the pass over memory that comes next, and cost nothing, but a scaled
+    slice of a kernel takes longer to make than a slice.
 
     Args:
       layer: without a bias; called as `layer(x, size, scale)`.
@@ -97,7 +99,7 @@ class SlicedBatchNorm(nnx.Module):
       row: as of a call.
       momentum: as of a call.
     """
-    if momentum is not None:
+    if momentum is not None or jax.default_backend() == 'cpu':
       return self(layer(x, size), row, momentum)
     scale, shift = self._affine(self.mean[row], self.variance[row])
     return dense.shifted(layer(x, size, scale), shift)

@@ -1,5 +1,7 @@
 """Tests of the sliced norms against NumPy."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +63,11 @@ class SlicedBatchNormTest(parameterized.TestCase):
     kind=('conv', 'pointwise', 'depthwise', 'dense'),
     width=(3, 5),
     momentum=(None, 0.1),
+    backend=('cpu', 'gpu'),
   )
-  def test_after_a_layer_is_the_layer_and_the_norm(self, kind, width, momentum):
+  def test_after_a_layer_is_the_layer_and_the_norm(
+    self, kind, width, momentum, backend
+  ):
     rngs = nnx.Rngs(0)
     layer, size = {
       'conv': (nn.SlicedConv(4, WIDTH, 3, rngs=rngs), width),
@@ -78,11 +83,32 @@ class SlicedBatchNormTest(parameterized.TestCase):
       expected = normalize(np.array(layer(x, size)), mean, variance, arrays)
     else:
       expected = other(layer(x, size), 1, momentum)
-    found = norm.after(layer, x, size, 1, momentum)
+    with mock.patch.object(jax, 'default_backend', lambda: backend):
+      found = norm.after(layer, x, size, 1, momentum)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     for name, array in arrays_of(norm).items():
       np.testing.assert_array_equal(array, arrays_of(other)[name])
 
+  def test_elsewhere_than_on_cpu_kernels_are_scaled(self):
+    layer = nn.SlicedConv(4, WIDTH, 3, rngs=nnx.Rngs(0))
+    x = make_input(2, 6, 5, 4)
+
+    def products(backend):
+      def run(x):
+        with mock.patch.object(jax, 'default_backend', lambda: backend):
+          return make_norm().after(layer, x, WIDTH, 0)
+
+      equations = jax.make_jaxpr(run)(x).eqns
+      return [
+        e.outvars[0].aval.shape
+        for e in equations
+        if e.primitive.name == 'mul' and e.outvars[0].aval.ndim == 4
+      ]
+
+    assert products('cpu') == [(2, 6, 5, WIDTH)]
+    assert products('gpu') == [(3, 3, 4, WIDTH)]
+
+  @mock.patch.object(jax, 'default_backend', lambda: 'gpu')
   def test_after_a_bfloat16_layer_is_bfloat16(self):
     layer = nn.SlicedConv(4, WIDTH, 3, rngs=nnx.Rngs(0))
     x = jnp.asarray(make_input(2, 6, 5, 4), jnp.bfloat16)
