@@ -45,7 +45,9 @@ def save(
       file is smaller, and the calls are slower.
     path: a file, replaced as a whole.
     batch_size: B, images of a call.
-    platform: one of `PLATFORMS`; None means that of this process.
+    platform: one of `PLATFORMS`; None means that of this process. What is
+      chosen by platform at tracing (tiles, norms within kernels) is as for
+      this process: export where the network is to run, if speed counts.
 
   Raises:
     ValueError: for another platform, no positive batch size, or a gate that is

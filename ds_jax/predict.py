@@ -374,9 +374,11 @@ class Parts:
 
     formats = None
     if jax.default_backend() == 'gpu':
-      (device,) = jax.tree.leaves(variables)[0].devices()
       made = jax.eval_shape(prepare, variables)
-      formats = jax.tree.map(lambda x: _gpu_format(x.ndim, device), made)
+      devices = jax.tree.leaves(variables)[0].devices()
+      # Weights on several devices stay as they are.
+      if len(devices) == 1:
+        formats = jax.tree.map(lambda x: _gpu_format(x.ndim, *devices), made)
     return jax.jit(prepare, out_shardings=formats)(variables)
 
   def __call__(self, part: str, weights, x: jax.Array) -> jax.Array:
@@ -422,15 +424,16 @@ class Parts:
       return model.branch(x, self.branches[part])
 
 
-def _gpu_format(num_axes: int, device) -> layout.Format:
+def _gpu_format(num_axes: int, device: jax.Device) -> layout.Format:
   """How a prepared array lies in memory.
 
   cuDNN reads a convolution's kernel (k, k, I, O) with the outputs first, and
   would be given a transposed copy in every call.
   """
   axes = (3, 0, 1, 2) if num_axes == 4 else tuple(range(num_axes))
-  sharding = jax.sharding.SingleDeviceSharding(device)
-  return layout.Format(layout.Layout(axes), sharding)
+  return layout.Format(
+    layout.Layout(axes), jax.sharding.SingleDeviceSharding(device)
+  )
 
 
 # Pixels of images that run at a time on CPU. The activations of more leave the

@@ -38,11 +38,11 @@ class Subject:
     self.shared = make(presliced=False)
     self.own = make(presliced=True)
     self.num_buckets = len(model.routing_space)
-    self.buckets = range(self.num_buckets) if buckets is None else buckets
-    if not set(self.buckets) <= set(range(self.num_buckets)):
+    every = range(self.num_buckets)
+    self.buckets = every if buckets is None else sorted(set(buckets))
+    if not self.buckets or not set(self.buckets) <= set(every):
       raise ValueError(
-        f'buckets={tuple(buckets)}: expected some of 0 to'
-        f' {self.num_buckets - 1}.'
+        f'buckets={tuple(buckets)}: expected some of 0 to {every[-1]}.'
       )
 
   def images(self, batch_size: int) -> jax.Array:

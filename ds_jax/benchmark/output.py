@@ -73,7 +73,9 @@ def write(
       for row in rows
     ],
   }
-  path.write_text(json.dumps(written, indent=2) + '\n')
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(json.dumps(written, indent=2) + '\n')
+  partial.replace(path)
 
 
 def plot(rows: Sequence[timing.Row], path: pathlib.Path) -> None:

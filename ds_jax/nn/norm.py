@@ -56,13 +56,8 @@ class SlicedBatchNorm(nnx.Module):
     Raises:
       ValueError: if x is wider than the parameters or the row does not exist.
     """
-    num_rows, full_width = self.mean.shape
     width = x.shape[-1]
-    if width > full_width or not 0 <= row < num_rows:
-      raise ValueError(
-        f'Slice of {width} channels, row {row}, does not fit a batch norm of'
-        f' {full_width} channels and {num_rows} rows.'
-      )
+    self._check(width, row)
     if momentum is None:
       mean, variance = self.mean[row, :width], self.variance[row, :width]
     else:
@@ -102,7 +97,17 @@ class SlicedBatchNorm(nnx.Module):
     if momentum is not None or jax.default_backend() == 'cpu':
       return self(layer(x, size), row, momentum)
     scale, shift = self._affine(self.mean[row], self.variance[row])
-    return dense.shifted(layer(x, size, scale), shift)
+    y = layer(x, size, scale)
+    self._check(y.shape[-1], row)
+    return dense.shifted(y, shift)
+
+  def _check(self, width, row):
+    num_rows, full_width = self.mean.shape
+    if width > full_width or not 0 <= row < num_rows:
+      raise ValueError(
+        f'Slice of {width} channels, row {row}, does not fit a batch norm of'
+        f' {full_width} channels and {num_rows} rows.'
+      )
 
   def _affine(self, mean, variance):
     """Returns scale and shift (c,)."""

@@ -17,7 +17,7 @@ from absl import logging
 from ds_jax.routing import outcomes as outcomes_lib
 from ds_jax.routing import router as routers
 
-# Halvings of an interval of prices or thresholds, past a float32's digits.
+# Of an interval of prices or thresholds: to a part in 10^12.
 _NUM_HALVINGS = 40
 # Of the budget: what a router may miss it by on the dial's own images.
 _TOLERANCE = 0.02

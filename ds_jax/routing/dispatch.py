@@ -47,8 +47,9 @@ def default_tile_sizes(batch_size: int, num_buckets: int) -> tuple[int, ...]:
   tiles that many buckets leave over cost nothing. A second size compiles every
   branch once more.
 
-  Elsewhere a tile takes a time of its own, on a GPU as long as that of dozens
-  of images: it is to have few, of a quarter and an eighth of the batch.
+  Elsewhere a batch is to have few tiles, since on a GPU each takes a time of
+  its own, as long as that of dozens of images: of a quarter and an eighth of
+  the batch from 64 images on, and of eight images for fewer.
   """
   if jax.default_backend() != 'cpu':
     large = 1 << (max(batch_size // 4, min(8, batch_size)).bit_length() - 1)

@@ -214,6 +214,12 @@ class SlicedBatchNormTest(parameterized.TestCase):
     with pytest.raises(ValueError, match=f'{width} channels, row {row}, does'):
       make_norm()(make_input(2, width), row)
 
+  @mock.patch.object(jax, 'default_backend', lambda: 'gpu')
+  def test_rows_that_do_not_exist_are_refused_after_a_layer(self):
+    layer = nn.SlicedConv(4, WIDTH, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match='5 channels, row 3, does not fit'):
+      make_norm().after(layer, make_input(2, 6, 5, 4), None, 3)
+
 
 def make_layer_norm():
   rng = np.random.default_rng(0)
