@@ -34,9 +34,35 @@ print(resident() - before)
 """
 
 
-def _kept(argument):
+_CALLS = f"""
+import resource, sys
+from ds_jax import cpu
+import jax
+import jax.numpy as jnp
+
+if sys.argv[1] == 'keep':
+  cpu.keep_freed_memory()
+
+@jax.jit
+def run(x):
+  # Twice as much as a heap of another thread than the main one can keep.
+  wide = jnp.full({_SIZE // 2}, x)
+  return jax.lax.fori_loop(0, 2, lambda _, y: y * x, wide).sum()
+
+def faults():
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+x = jnp.float32(1.5)
+for _ in range(3):
+  before = faults()
+  jax.block_until_ready(run(x))
+print(faults() - before)
+"""
+
+
+def _run(program, argument):
   done = subprocess.run(
-    [sys.executable, '-c', _PROGRAM, argument],
+    [sys.executable, '-c', program, argument],
     check=True,
     capture_output=True,
     text=True,
@@ -46,8 +72,14 @@ def _kept(argument):
 
 def test_freed_memory_is_kept():
   # Without, glibc gives so large a piece back at once.
-  assert _kept('give back') < _SIZE / 4
-  assert _kept('keep') > _SIZE * 3 / 4
+  assert _run(_PROGRAM, 'give back') < _SIZE / 4
+  assert _run(_PROGRAM, 'keep') > _SIZE * 3 / 4
+
+
+def test_a_call_takes_the_memory_of_the_last_one():
+  pages = 2 * _SIZE / 4096
+  assert _run(_CALLS, 'give back') > pages / 2
+  assert _run(_CALLS, 'keep') < pages / 10
 
 
 def test_xla_takes_the_options():
