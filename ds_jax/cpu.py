@@ -8,40 +8,6 @@ import jax
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
-# LLVM takes vectors of half the width by default.
-WIDE_VECTORS = {'xla_cpu_prefer_vector_width': 512}
-# XLA:CPU's default makes all of a network's slices first, and keeps them.
-SLICES_WHEN_NEEDED = {
-  'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
-}
-_CPU_INFO = '/proc/cpuinfo'
-
-
-def compiler_options(
-  slices_weights: bool = False,
-) -> dict[str, int | str] | None:
-  """Returns options for `jax.jit`; None where there are none to give.
-
-  Whole registers, where there is AVX-512, make DS-MobileNet 3 to 8% faster at
-  224 pixels.
-
-  Args:
-    slices_weights: of a forward pass that slices in the call. (A training step
-      is 8% slower with what spares memory there.)
-  """
-  if jax.default_backend() != 'cpu':
-    return None
-  options = WIDE_VECTORS if _has_wide_vectors() else {}
-  return options | (SLICES_WHEN_NEEDED if slices_weights else {}) or None
-
-
-def _has_wide_vectors() -> bool:
-  try:
-    with open(_CPU_INFO) as file:
-      return 'avx512f' in file.read().split()
-  except OSError:
-    return False
-
 
 def keep_freed_memory() -> None:
   """Lets a process on CPU reuse the memory of one call in the next.

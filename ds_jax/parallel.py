@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ds_jax import cpu, hosts, validation
+from ds_jax import compiler, hosts, validation
 
 EXECUTORS = ('pjit', 'pmap')
 
@@ -189,7 +189,7 @@ class Executor:
       run,
       static_argnames=static,
       donate_argnums=donate,
-      compiler_options=cpu.compiler_options(),
+      compiler_options=compiler.options_for_training(),
     )
 
   def _run_global(self, function, outputs, args):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout
 
-from ds_jax import checkpoint, cpu, data, models, routing, validation
+from ds_jax import checkpoint, compiler, data, models, routing, validation
 from ds_jax.models import hoist
 
 
@@ -95,7 +95,7 @@ class Predictor:
     self.weights = (
       self.parts.prepare(self._variables) if presliced else self._variables
     )
-    options = cpu.compiler_options(slices_weights=not presliced)
+    options = compiler.options_for_inference(slices_weights=not presliced)
     self._route = jax.jit(
       functools.partial(_route, self.parts), compiler_options=options
     )
@@ -403,13 +403,7 @@ class Parts:
     key = part, x.shape, x.dtype
     if key not in self._splits:
       run = functools.partial(self._run, part)
-      self._splits[key] = hoist.split(
-        run,
-        self._variables,
-        x,
-        # As of the weights, which may be exported for another platform.
-        pack_vectors=jax.default_backend() == 'cpu',
-      )
+      self._splits[key] = hoist.split(run, self._variables, x)
     return self._splits[key]
 
   def _run(self, part, variables, x):

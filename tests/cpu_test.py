@@ -1,13 +1,7 @@
-"""Freed memory stays with the process; XLA takes the options."""
+"""Freed memory stays with the process."""
 
 import subprocess
 import sys
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from ds_jax import cpu
 
 _SIZE = 64 << 20
 
@@ -80,43 +74,3 @@ def test_a_call_takes_the_memory_of_the_last_one():
   pages = 2 * _SIZE / 4096
   assert _run(_CALLS, 'give back') > pages / 2
   assert _run(_CALLS, 'keep') < pages / 10
-
-
-def test_xla_takes_the_options():
-  # Those for AVX-512 are not given on every machine, so they are here.
-  options = cpu.WIDE_VECTORS | cpu.SLICES_WHEN_NEEDED
-  x = np.linspace(-1, 1, 100, dtype=np.float32)
-  program = jax.jit(lambda x: jnp.tanh(2 * x), compiler_options=options)
-  np.testing.assert_allclose(program(x), np.tanh(2 * x), rtol=1e-6)
-
-
-def test_slices_that_are_made_when_needed_take_less_memory():
-  def run(weights, x):
-    for weight in weights:
-      x = jnp.tanh(x @ weight[:256, :256])
-    return x
-
-  weights = [jnp.ones((512, 512))] * 8
-  x = jnp.ones((1, 256))
-
-  def temporary(options):
-    lowered = jax.jit(run).lower(weights, x)
-    stats = lowered.compile(compiler_options=options).memory_analysis()
-    return stats.temp_size_in_bytes
-
-  # All eight slices, and one or two.
-  assert temporary(None) > 8 * x.nbytes * 256
-  assert temporary(cpu.SLICES_WHEN_NEEDED) < 3 * x.nbytes * 256
-
-
-def test_options_fit_the_machine(tmp_path, monkeypatch):
-  info = tmp_path / 'cpuinfo'
-  monkeypatch.setattr(cpu, '_CPU_INFO', str(info))
-  assert cpu.compiler_options() is None
-  assert cpu.compiler_options(slices_weights=True) == cpu.SLICES_WHEN_NEEDED
-  info.write_text('flags\t\t: fpu avx avx2 f16c')
-  assert cpu.compiler_options() is None
-  info.write_text('flags\t\t: fpu avx avx2 avx512f avx512dq')
-  assert cpu.compiler_options() == cpu.WIDE_VECTORS
-  both = cpu.WIDE_VECTORS | cpu.SLICES_WHEN_NEEDED
-  assert cpu.compiler_options(slices_weights=True) == both

@@ -111,13 +111,12 @@ class PredictorTest(parameterized.TestCase):
     ours = self.predictor(self.images)
     np.testing.assert_array_equal(ours.buckets, theirs.buckets)
     np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
-    # Outputs first, and nothing packed.
+    # Outputs first; vectors are packed.
     layouts = {
       (w.ndim, w.format.layout.major_to_minor)
       for w in jax.tree.leaves(gpu.weights)
     }
-    assert layouts == {(2, (0, 1)), (4, (3, 0, 1, 2))}
-    assert len(gpu.weights['0']) > len(self.predictor.weights['0'])
+    assert layouts == {(1, (0,)), (2, (0, 1)), (4, (3, 0, 1, 2))}
 
   def test_another_size_is_resized_as_in_evaluation(self):
     large = np.random.default_rng(0).integers(0, 256, (2, 20, 16, 3))

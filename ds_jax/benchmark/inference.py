@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import cpu, models, predict, routing
+from ds_jax import compiler, models, predict, routing
 from ds_jax.benchmark import timing
 from ds_jax.nn import conv
 
@@ -142,8 +142,10 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
   mean = float(np.dot(counts, cost)) / batch_size
   images = subject.images(batch_size)
 
+  names = [str(bucket) for bucket in chosen]
+
   def branches_of(weights):
-    return [functools.partial(parts, str(b), weights) for b in chosen]
+    return [functools.partial(parts, name, weights) for name in names]
 
   def tiled(weights, features, buckets):
     return routing.dispatch_images(buckets, branches_of(weights), features)
@@ -184,15 +186,16 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
 
   trunk = functools.partial(parts, 'trunk')
   features = jax.jit(trunk)(weights, images)
+  options = compiler.options_for_inference()
   trunk_madds = model.cost_in_parts(model.narrowest, size)[0].madds
   programs = {
-    'trunk': (trunk, (images,), trunk_madds),
-    'gate': (functools.partial(parts, 'gate'), (features,), 0),
-    'dispatch alone': (overhead, (features, buckets), 0),
-    'tiled': (tiled, (features, buckets), mean),
-    'oracle, grouped': (oracle, (features,), mean),
-    'all widest': (widest, (features,), cost[-1]),
-    'vmapped switch': (vmapped, (features, buckets), mean),
+    'trunk': (trunk, ['trunk'], (images,), trunk_madds),
+    'gate': (functools.partial(parts, 'gate'), ['gate'], (features,), 0),
+    'dispatch alone': (overhead, names, (features, buckets), 0),
+    'tiled': (tiled, names, (features, buckets), mean),
+    'oracle, grouped': (oracle, names, (features,), mean),
+    'all widest': (widest, names[-1:], (features,), cost[-1]),
+    'vmapped switch': (vmapped, names, (features, buckets), mean),
   }
   return [
     timing.Way(
@@ -201,13 +204,14 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
       batch_size,
       madds,
       functools.partial(
-        jax.jit(function, compiler_options=cpu.compiler_options()),
-        weights,
+        jax.jit(function, compiler_options=options),
+        # Every argument takes time, used or not.
+        {name: weights[name] for name in needed},
         *arguments,
       ),
       'all widest' if name in ('tiled', 'oracle, grouped') else None,
     )
-    for name, (function, arguments, madds) in programs.items()
+    for name, (function, needed, arguments, madds) in programs.items()
   ]
 
 
@@ -239,6 +243,7 @@ def depthwise_ways(subject: Subject) -> list[timing.Way]:
   if not isinstance(subject.model, models.MobileNet):
     return []
   ways = []
+  options = compiler.options_for_inference()
   side = conv.output_size(subject.image_size, 2)
   for spec in subject.model.specs[1:]:
     side = conv.output_size(side, spec.stride)
@@ -246,7 +251,7 @@ def depthwise_ways(subject: Subject) -> list[timing.Way]:
     kernel = jnp.ones((spec.kernels[-1],) * 2 + (1, spec.widths[-1]))
     for form in (conv.native_depthwise_conv, conv.shifted_depthwise_conv):
       program = jax.jit(
-        form, static_argnames='stride', compiler_options=cpu.compiler_options()
+        form, static_argnames='stride', compiler_options=options
       )
       name = f'{form.__name__.split("_")[0]}, {side} x {side} x {x.shape[-1]}'
       call = functools.partial(program, x, kernel, stride=1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ds_jax import cpu, data, models, parallel
+from ds_jax import compiler, data, models, parallel
 from ds_jax.benchmark import timing
 from ds_jax.train import gate, optimizer, supernet
 
@@ -41,7 +41,7 @@ def training_ways(model, image_size: int, batch_size: int) -> list[timing.Way]:
   def forward(variables, images):
     return architecture.bind(variables)(images, model.widest)
 
-  options = cpu.compiler_options()
+  options = compiler.options_for_training()
   gradient = jax.jit(
     jax.value_and_grad(loss, has_aux=True), compiler_options=options
   )

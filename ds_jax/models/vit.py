@@ -27,6 +27,7 @@ from flax import nnx
 from ds_jax import nn, validation
 from ds_jax.models import base
 from ds_jax.models import subnet as subnets
+from ds_jax.nn import attention
 
 SLICINGS = ('idle', 'plain')
 POOLINGS = ('class_token', 'mean')
@@ -128,7 +129,7 @@ class Block(nnx.Module):
     y = self.query_key_value(self.attention_norm(x), heads * 3 * self.head_dim)
     y = y.reshape(batch, tokens, heads, 3, self.head_dim)
     query, key, value = (y[:, :, :, i] for i in range(3))
-    y = jax.nn.dot_product_attention(query, key, value)
+    y = attention.softmax_attention(query, key, value)
     return self.project(y.reshape(batch, tokens, -1), width)
 
   def mlp(self, x: jax.Array, hidden: int) -> jax.Array:

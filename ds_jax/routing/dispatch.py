@@ -80,24 +80,27 @@ def tiled_dispatch(
   Returns:
     As of `dispatch_images`.
   """
-  plan = plan_tiles(buckets, len(branches), tile_sizes)
-  logits = [_run_tiles(tiles, branches, features) for tiles in plan.tiles]
-  logits = jnp.concatenate(logits)[plan.image_slots]
-  return jnp.where((buckets < len(branches))[:, None], logits, 0)
+  logits = jax.eval_shape(branches[0], features)
+  logits = jnp.zeros(logits.shape, logits.dtype)
+  for tiles in plan_tiles(buckets, len(branches), tile_sizes):
+    logits = _run_tiles(tiles, branches, features, logits)
+  return logits
 
 
-def _run_tiles(tiles, branches, features):
-  """Returns logits (tiles * T, C)."""
-  _, tile_size = tiles.images.shape
+def _run_tiles(tiles, branches, features, logits):
+  """Returns logits (N, C) with the results of these tiles."""
+  tile_size = tiles.images.shape[1]
   tile = jax.ShapeDtypeStruct((tile_size, *features.shape[1:]), features.dtype)
   everything = [*branches, _empty_branch(branches[0], tile)]
 
-  def run_tile(_, tile):
+  def run_tile(logits, tile):
     bucket, images = tile
-    return (), jax.lax.switch(bucket, everything, features[images])
+    there = features.at[images].get(mode='clip')
+    results = jax.lax.switch(bucket, everything, there)
+    logits = logits.at[images].set(results, mode='drop', unique_indices=True)
+    return logits, ()
 
-  _, logits = jax.lax.scan(run_tile, (), tiles)
-  return logits.reshape(-1, logits.shape[-1])
+  return jax.lax.scan(run_tile, logits, tiles)[0]
 
 
 def _empty_branch(branch: Branch, features) -> Branch:
@@ -111,30 +114,18 @@ class Tiles(NamedTuple):
 
   Attributes:
     buckets: (tiles,) the branch of each; K for one left over.
-    images: (tiles, T) indices of images.
+    images: (tiles, T) indices of images, none twice; of an empty place, some
+      number from N on.
   """
 
   buckets: jax.Array
   images: jax.Array
 
 
-class TilePlan(NamedTuple):
-  """Which images run where.
-
-  Attributes:
-    tiles: of each size.
-    image_slots: (N,) where in all tiles, laid end to end, an image's result
-      is; of an image that runs nothing, any place.
-  """
-
-  tiles: tuple[Tiles, ...]
-  image_slots: jax.Array
-
-
 def plan_tiles(
   buckets: jax.Array, num_buckets: int, tile_sizes: Sequence[int]
-) -> TilePlan:
-  """Sorts images by bucket and lays them out in tiles.
+) -> list[Tiles]:
+  """Sorts images by bucket and lays them out in tiles, of each size.
 
   Args:
     buckets: (N,) int32 in [0, K]; K takes no tile.
@@ -149,8 +140,7 @@ def plan_tiles(
   bucket = buckets[order]
   place = jnp.arange(batch_size) - _starts(counts)[bucket]
 
-  plans, first_slot = [], 0
-  slots = jnp.zeros(batch_size, place.dtype)
+  plan = []
   placed = jnp.zeros_like(counts)
   most_left = batch_size
   for size, allowed in zip(
@@ -168,21 +158,19 @@ def plan_tiles(
     rank = place - jnp.append(placed, 0)[bucket]
     is_here = (rank >= 0) & (rank < jnp.append(tiles * size, 0)[bucket])
     slot = _starts(tiles)[bucket] * size + rank
-    images = jnp.zeros(num_tiles * size, jnp.int32)
+    images = jnp.arange(batch_size, batch_size + num_tiles * size)
     images = images.at[jnp.where(is_here, slot, len(images))].set(
-      order.astype(jnp.int32), mode='drop'
+      order, mode='drop'
     )
     ends = jnp.cumsum(tiles)
-    plans.append(
+    plan.append(
       Tiles(
         (jnp.arange(num_tiles)[:, None] >= ends[None]).sum(-1),
         images.reshape(-1, size),
       )
     )
-    slots = jnp.where(is_here, first_slot + slot, slots)
-    first_slot += len(images)
     placed += tiles * size
-  return TilePlan(tuple(plans), jnp.zeros_like(slots).at[order].set(slots))
+  return plan
 
 
 def _starts(counts: jax.Array) -> jax.Array:

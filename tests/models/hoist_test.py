@@ -22,7 +22,7 @@ def test_what_needs_the_weights_alone_is_computed_once():
     'c': rng.normal(size=4),
   }
   x = jax.ShapeDtypeStruct((3,), jnp.float32)
-  split = hoist.split(function, weights, x, pack_vectors=True)
+  split = hoist.split(function, weights, x)
   prepared = jax.jit(split.prepare)(weights)
   # A number, the kernel as it is, and the one vector.
   assert [np.shape(array) for array in prepared] == [(3, 2), (), (2,)]
@@ -44,10 +44,10 @@ def test_prepared_weights_serve_every_batch_size():
     return architecture.bind(variables)(x, subnet)
 
   one = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-  split = hoist.split(run, variables, one, pack_vectors=True)
+  split = hoist.split(run, variables, one)
   prepared = jax.jit(split.prepare)(variables)
   x = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
-  split = hoist.split(run, variables, x, pack_vectors=True)
+  split = hoist.split(run, variables, x)
   logits = jax.jit(split.run)(prepared, x)
   expected = jax.jit(run)(variables, x)
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
@@ -65,7 +65,7 @@ def test_no_slice_of_a_weight_is_left(name):
   def run(variables, x):
     return architecture.bind(variables)(x, model.narrowest)
 
-  split = hoist.split(run, variables, x, pack_vectors=True)
+  split = hoist.split(run, variables, x)
   prepared = jax.eval_shape(split.prepare, variables)
   narrow = model.cost(model.narrowest, 224).params
   size = sum(array.size for array in prepared)

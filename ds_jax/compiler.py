@@ -1,0 +1,70 @@
+"""Options of XLA, and the platform it compiles for."""
+
+import os
+
+import jax
+
+# LLVM takes vectors of half the width by default.
+WIDE_VECTORS = {'xla_cpu_prefer_vector_width': 512}
+# XLA:CPU's default makes all of a network's slices first, and keeps them.
+SLICES_WHEN_NEEDED = {
+  'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'
+}
+# By default convolutions and loops end a CUDA graph. With them the routed
+# program is one graph, and the device follows switch and tiles by itself.
+_GRAPH_OPTION = 'xla_gpu_enable_command_buffer'
+ONE_GRAPH = {
+  _GRAPH_OPTION: (
+    'FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,'
+    'CONVOLUTION,WHILE'
+  )
+}
+_CPU_INFO = '/proc/cpuinfo'
+
+Options = dict[str, int | str]
+
+
+def platform() -> str:
+  """Returns what JAX lowers for here: `cpu`, `cuda`, `rocm` or `tpu`."""
+  backend = jax.default_backend()
+  if backend != 'gpu':
+    return backend
+  version = jax.devices()[0].client.platform_version
+  return 'rocm' if 'rocm' in version.lower() else 'cuda'
+
+
+def options_for_training() -> Options | None:
+  """Returns options for `jax.jit`; None where there are none to give.
+
+  Whole registers, where there is AVX-512, make DS-MobileNet 3 to 8% faster at
+  224 pixels.
+  """
+  if jax.default_backend() == 'cpu' and _has_wide_vectors():
+    return WIDE_VECTORS
+  return None
+
+
+def options_for_inference(*, slices_weights: bool = False) -> Options | None:
+  """Returns options for `jax.jit` of a forward pass, as those for training.
+
+  On an NVIDIA GPU there is one CUDA graph, unless the flag
+  `xla_gpu_enable_command_buffer` is set in the environment.
+
+  Args:
+    slices_weights: whether it slices in the call. (A training step is 8% slower
+      with what spares memory there.)
+  """
+  options = options_for_training() or {}
+  if slices_weights and jax.default_backend() == 'cpu':
+    options = options | SLICES_WHEN_NEEDED
+  if platform() == 'cuda' and _GRAPH_OPTION not in os.getenv('XLA_FLAGS', ''):
+    options = options | ONE_GRAPH
+  return options or None
+
+
+def _has_wide_vectors() -> bool:
+  try:
+    with open(_CPU_INFO) as file:
+      return 'avx512f' in file.read().split()
+  except OSError:
+    return False
