@@ -5,8 +5,8 @@
 The file holds the StableHLO of the whole prediction, from uint8 images to
 logits, as `jax.export` writes it, the weights, and the router. JAX promises to
 read it for half a year of releases at least, but for cuDNN's attention (a ViT
-in bfloat16, exported on an NVIDIA GPU). Its batch is static, as the tiles of the
-dispatch are; a last batch is filled up.
+in bfloat16, exported on an NVIDIA GPU). Its batch is static, as the tiles of
+the dispatch are; a last batch is filled up.
 
 Axes: N images, B images a call, R runs, C classes.
 """

@@ -65,7 +65,7 @@ class DoubleHeadedGate(nnx.Module):
 
   def reduced(self, x: jax.Array) -> jax.Array:
     """Returns the shared reduction (N, R) of x (N, H, W, c), in float32."""
-    pooled = x.astype(jnp.float32).mean((1, 2))
+    pooled = mean_of_pixels(x.astype(jnp.float32))
     return jax.nn.relu(self.reduce(pooled))
 
   def attention(self, x: jax.Array) -> jax.Array:
@@ -77,6 +77,24 @@ class DoubleHeadedGate(nnx.Module):
   def logits(self, x: jax.Array) -> jax.Array:
     """Returns the slimming head's logits (N, K), float32."""
     return self.slim(self.reduced(x))
+
+
+def mean_of_pixels(x: jax.Array) -> jax.Array:
+  """Returns the mean (N, C) of x (N, H, W, C), fast on every platform.
+
+  A product with 1 / (H W) on CPU, where DS-MobileNet takes 2 to 4% longer with
+  XLA's sums. Elsewhere a sum is part of the kernel that makes x.
+  """
+  return jax.lax.platform_dependent(
+    x, cpu=_mean_by_product, default=lambda x: x.mean((1, 2))
+  )
+
+
+def _mean_by_product(x):
+  batch, height, width, channels = x.shape
+  shares = jnp.full((batch, 1, height * width), 1 / (height * width), x.dtype)
+  x = x.reshape(batch, height * width, channels)
+  return jnp.matmul(shares, x)[:, 0]
 
 
 def _slimming_head(reduced, num_buckets, rngs) -> dense.SlicedDense:

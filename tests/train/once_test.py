@@ -39,7 +39,10 @@ def _count(jaxpr):
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general':
-      total += min(len(v.aval.shape) for v in equation.invars) > 1
+      # Not the means of each image, which have no weights.
+      _, (batch_axes, _) = params['dimension_numbers']
+      matrices = min(len(v.aval.shape) for v in equation.invars) > 1
+      total += matrices and not batch_axes
     elif name == 'conv_general_dilated':
       # Not depthwise ones, which are there in two forms.
       groups = params['feature_group_count'], params['batch_group_count']
