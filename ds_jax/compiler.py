@@ -55,9 +55,10 @@ def options_for_inference(*, slices_weights: bool = False) -> Options | None:
       with what spares memory there.)
   """
   options = options_for_training() or {}
-  if slices_weights and jax.default_backend() == 'cpu':
+  here = platform()
+  if slices_weights and here == 'cpu':
     options = options | SLICES_WHEN_NEEDED
-  if platform() == 'cuda' and _GRAPH_OPTION not in os.getenv('XLA_FLAGS', ''):
+  if here == 'cuda' and _GRAPH_OPTION not in os.getenv('XLA_FLAGS', ''):
     options = options | ONE_GRAPH
   return options or None
 

@@ -3,10 +3,9 @@
     python -m ds_jax.export --workdir=runs/digits --output=digits.ds
 
 The file holds the StableHLO of the whole prediction, from uint8 images to
-logits, as `jax.export` writes it, the weights, and the router. JAX promises to
-read it for half a year of releases at least, but for cuDNN's attention (a ViT
-in bfloat16, exported on an NVIDIA GPU). Its batch is static, as the tiles of
-the dispatch are; a last batch is filled up.
+logits, as `jax.export` writes it (which promises to read it for half a year of
+releases at least), the weights, and the router. Its batch is static, as the
+tiles of the dispatch are; a last batch is filled up.
 
 Axes: N images, B images a call, R runs, C classes.
 """
@@ -27,10 +26,6 @@ from ds_jax import checkpoint, compiler, predict, routing
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 _FORMAT = 'ds_jax routed network 1'
-# cuDNN's attention, which JAX does not promise to read in later releases.
-_UNPROMISED = [
-  jax.export.DisabledSafetyCheck.custom_call('__cudnn$fmhaSoftmax')
-]
 _EXPECTED = (ImportError, OSError, ValueError, checkpoint.CheckpointError)
 # Batches that a device has while the next is prepared.
 _UNDER_WAY = 2
@@ -75,9 +70,9 @@ def save(
 
   size = predictor.image_size
   images = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
-  exported = jax.export.export(
-    jax.jit(run), platforms=[platform], disabled_checks=_UNPROMISED
-  )(leaves, images)
+  exported = jax.export.export(jax.jit(run), platforms=[platform])(
+    leaves, images
+  )
   costs = predictor.costs
   content = {
     'format': _FORMAT,

@@ -355,6 +355,8 @@ class Parts:
     self._chunk_size = _chunk_size(
       image_size, platform or jax.default_backend()
     )
+    # Not in what is written for later: it runs on few machines.
+    self._fuses_attention = platform is None
     self._splits: dict[Any, hoist.Split] = {}
     self.branches = {str(s.index): s for s in model.routing_space}
 
@@ -393,7 +395,7 @@ class Parts:
 
   def whole(self, variables, images, subnet: models.Subnet) -> jax.Array:
     """Runs a sub-network, trunk included, on the network's own weights."""
-    model = self._architecture.bind(variables)
+    model = self._bind(variables)
     return _in_chunks(
       lambda x: model(self._normalize(x), subnet), images, self._chunk_size
     )
@@ -406,8 +408,15 @@ class Parts:
       self._splits[key] = hoist.split(run, self._variables, x)
     return self._splits[key]
 
-  def _run(self, part, variables, x):
+  def _bind(self, variables):
     model = self._architecture.bind(variables)
+    model.set_attributes(
+      fused_attention=self._fuses_attention, raise_if_not_found=False
+    )
+    return model
+
+  def _run(self, part, variables, x):
+    model = self._bind(variables)
     with jax.named_scope(
       part if part in ('trunk', 'gate') else f'bucket_{part}'
     ):

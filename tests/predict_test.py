@@ -1,5 +1,6 @@
 """The predictor against the model run by hand, and its errors."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -12,6 +13,7 @@ import ds_jax
 import micro
 import routed
 from ds_jax import checkpoint, data, models, predict, routing
+from ds_jax.nn import attention
 from ds_jax.train import experiment, loop
 
 
@@ -117,6 +119,30 @@ class PredictorTest(parameterized.TestCase):
       for w in jax.tree.leaves(gpu.weights)
     }
     assert layouts == {(1, (0,)), (2, (0, 1)), (4, (3, 0, 1, 2))}
+
+  def test_attention_is_fused_here_alone(self):
+    model = models.create_abstract_model('ds_vit_cifar')
+    here = predict.Parts(model, lambda x: x, 32)
+    written = predict.Parts(model, lambda x: x, 32, platform='cuda')
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(lambda: models.variables_of(model))
+
+    def fused(run):
+      with mock.patch.object(
+        attention, 'softmax_attention', side_effect=lambda q, k, v, fused: v
+      ) as asked:
+        jax.eval_shape(run, variables, images)
+      return {call.kwargs['fused'] for call in asked.mock_calls}
+
+    subnet = model.routing_space[0]
+    trunk = functools.partial(here, 'trunk')
+    assert fused(trunk) == {True}
+    whole = functools.partial(here.whole, subnet=subnet)
+    assert fused(whole) == {True}
+    assert fused(functools.partial(written, 'trunk')) == {False}
+    # What is trained and evaluated.
+    architecture = models.Architecture(model)
+    assert fused(lambda v, x: architecture.bind(v)(x, subnet)) == {False}
 
   def test_another_size_is_resized_as_in_evaluation(self):
     large = np.random.default_rng(0).integers(0, 256, (2, 20, 16, 3))

@@ -173,13 +173,12 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
 
     return jax.vmap(run)(buckets, features)
 
-  def overhead(weights, features, buckets):
-    branch = jax.eval_shape(branches_of(weights)[0], features)
+  def overhead(_, features, buckets):
     # Reads every feature, and computes next to nothing.
     trivial = [
       lambda x: jnp.broadcast_to(
         x.reshape(len(x), -1).sum(-1, keepdims=True),
-        (len(x), branch.shape[-1]),
+        (len(x), model.num_classes),
       )
     ] * len(chosen)
     return routing.dispatch_images(buckets, trivial, features)
@@ -191,7 +190,7 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
   programs = {
     'trunk': (trunk, ['trunk'], (images,), trunk_madds),
     'gate': (functools.partial(parts, 'gate'), ['gate'], (features,), 0),
-    'dispatch alone': (overhead, names, (features, buckets), 0),
+    'dispatch alone': (overhead, [], (features, buckets), 0),
     'tiled': (tiled, names, (features, buckets), mean),
     'oracle, grouped': (oracle, names, (features,), mean),
     'all widest': (widest, names[-1:], (features,), cost[-1]),
@@ -206,7 +205,7 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
       functools.partial(
         jax.jit(function, compiler_options=options),
         # Every argument takes time, used or not.
-        {name: weights[name] for name in needed},
+        {part: weights[part] for part in needed},
         *arguments,
       ),
       'all widest' if name in ('tiled', 'oracle, grouped') else None,

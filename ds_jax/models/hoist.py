@@ -6,8 +6,8 @@ time of one image on a CPU, where copying a slice takes about as long as using
 it. `split` cuts a function in two: what needs the weights alone, and the rest.
 
 What is a vector (of norms and biases, more than half of the arrays) goes into
-one array for each dtype: every argument of a call takes half a microsecond or
-more, and a slice of a vector next to none.
+one array for each dtype: on CPUs and GPUs every argument of a call takes half a
+microsecond or more, and a slice of a vector next to none.
 """
 
 import dataclasses

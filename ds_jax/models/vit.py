@@ -78,7 +78,12 @@ class PatchEmbedding:
 
 
 class Block(nnx.Module):
-  """Attention and a two-layer perceptron, each after a norm and added."""
+  """Attention and a two-layer perceptron, each after a norm and added.
+
+  Attributes:
+    head_dim: a head's width.
+    fused_attention: see `softmax_attention`; the Predictor sets it.
+  """
 
   def __init__(
     self,
@@ -101,6 +106,7 @@ class Block(nnx.Module):
       rngs: the stream `params` initialises the weights.
     """
     self.head_dim = head_dim
+    self.fused_attention = False
     self._drop_rate = drop_rate
     self.attention_norm = nn.SlicedLayerNorm(width)
     # Head by head a query, a key and a value, so that heads are a prefix.
@@ -129,7 +135,9 @@ class Block(nnx.Module):
     y = self.query_key_value(self.attention_norm(x), heads * 3 * self.head_dim)
     y = y.reshape(batch, tokens, heads, 3, self.head_dim)
     query, key, value = (y[:, :, :, i] for i in range(3))
-    y = attention.softmax_attention(query, key, value)
+    y = attention.softmax_attention(
+      query, key, value, fused=self.fused_attention
+    )
     return self.project(y.reshape(batch, tokens, -1), width)
 
   def mlp(self, x: jax.Array, hidden: int) -> jax.Array:

@@ -80,8 +80,8 @@ def tiled_dispatch(
   Returns:
     As of `dispatch_images`.
   """
-  logits = jax.eval_shape(branches[0], features)
-  logits = jnp.zeros(logits.shape, logits.dtype)
+  result = jax.eval_shape(branches[0], _tile_of(features, tile_sizes[0]))
+  logits = jnp.zeros((len(features), *result.shape[1:]), result.dtype)
   for tiles in plan_tiles(buckets, len(branches), tile_sizes):
     logits = _run_tiles(tiles, branches, features, logits)
   return logits
@@ -89,8 +89,7 @@ def tiled_dispatch(
 
 def _run_tiles(tiles, branches, features, logits):
   """Returns logits (N, C) with the results of these tiles."""
-  tile_size = tiles.images.shape[1]
-  tile = jax.ShapeDtypeStruct((tile_size, *features.shape[1:]), features.dtype)
+  tile = _tile_of(features, tiles.images.shape[1])
   everything = [*branches, _empty_branch(branches[0], tile)]
 
   def run_tile(logits, tile):
@@ -101,6 +100,10 @@ def _run_tiles(tiles, branches, features, logits):
     return logits, ()
 
   return jax.lax.scan(run_tile, logits, tiles)[0]
+
+
+def _tile_of(features, size):
+  return jax.ShapeDtypeStruct((size, *features.shape[1:]), features.dtype)
 
 
 def _empty_branch(branch: Branch, features) -> Branch:

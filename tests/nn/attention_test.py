@@ -1,5 +1,6 @@
 """Attention against NumPy in float64, and where cuDNN is taken."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -18,6 +19,9 @@ def _inputs():
   return [rng.normal(size=_SHAPE).astype(np.float32) for _ in range(3)]
 
 
+_by_xla = functools.partial(attention.softmax_attention, fused=False)
+
+
 def _by_hand(query, key, value):
   query, key, value = (np.float64(x) for x in (query, key, value))
   scores = np.einsum('nqhd,nkhd->nhqk', query, key) / np.sqrt(_SHAPE[-1])
@@ -28,7 +32,7 @@ def _by_hand(query, key, value):
 
 def test_equals_softmax_by_hand():
   inputs = _inputs()
-  result = jax.jit(attention.softmax_attention)(*inputs)
+  result = jax.jit(_by_xla)(*inputs)
   # Sums of a few float32 numbers near 1.
   np.testing.assert_allclose(result, _by_hand(*inputs), rtol=1e-5, atol=1e-6)
 
@@ -37,7 +41,7 @@ def test_gradients_equal_differences():
   inputs, dy = _inputs(), np.random.default_rng(1).normal(size=_SHAPE)
 
   def loss(*inputs):
-    return (attention.softmax_attention(*inputs) * dy).sum()
+    return (_by_xla(*inputs) * dy).sum()
 
   gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*inputs)
   for i, gradient in enumerate(gradients):
@@ -58,7 +62,12 @@ def test_gradients_equal_differences():
     ({'dtype': jnp.float32}, False),
     ({'head_dim': 12}, False),
     ({'head_dim': 256}, False),
+    ({'dtype': jnp.float16}, True),
+    ({'head_dim': 128}, True),
+    ({'head_dim': 136}, False),
     ({'capability': '7.5'}, False),
+    ({'capability': '8.0'}, True),
+    ({'capability': '12.0'}, True),
     ({'backend': 'cpu'}, False),
     ({'version': 'rocm 7'}, False),
   ],
@@ -79,16 +88,14 @@ def test_cudnn_is_taken_where_it_can(changes, expected, monkeypatch):
   assert has == expected
 
 
-def test_gradients_never_ask_for_cudnn(monkeypatch):
-  # As it is where cuDNN would be taken, but for the lowering.
-  monkeypatch.setattr(attention, '_has_cudnn', lambda *_: True)
-  asked = mock.Mock(side_effect=attention._by_xla)
-  monkeypatch.setattr(attention, '_by_cudnn', asked)
-  # Of a shape of its own, or JAX would find an earlier trace.
-  inputs = [x[:, :3] for x in _inputs()]
-  jax.eval_shape(
-    jax.grad(lambda *x: attention.softmax_attention(*x).sum()), *inputs
-  )
-  asked.assert_not_called()
-  jax.eval_shape(attention.softmax_attention, *inputs)
-  asked.assert_called()
+@pytest.mark.parametrize(
+  'fused, has, expected',
+  [(True, True, 'cudnn'), (True, False, 'xla'), (False, True, 'xla')],
+)
+def test_cudnn_is_taken_where_it_may(fused, has, expected, monkeypatch):
+  asked = mock.Mock(return_value='result')
+  monkeypatch.setattr(attention, '_has_cudnn', lambda *_: has)
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', asked)
+  inputs = _inputs()
+  assert attention.softmax_attention(*inputs, fused=fused) == 'result'
+  asked.assert_called_once_with(*inputs, implementation=expected)

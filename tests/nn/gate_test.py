@@ -8,6 +8,7 @@ from absl.testing import parameterized
 from flax import nnx
 
 from ds_jax import nn
+from ds_jax.nn import gate as nn_gate
 
 WIDTH, REDUCED, BUCKETS = 12, 3, 4
 
@@ -39,6 +40,16 @@ def reduced(x, params):
   kernel, bias = params['reduce']['kernel'], params['reduce']['bias']
   pooled = x.astype(np.float64).mean((1, 2))
   return np.maximum(pooled @ kernel[: x.shape[-1]] + bias, 0)
+
+
+@pytest.mark.parametrize('side', [1, 7, 56])
+def test_mean_of_pixels(side):
+  # A mean of 3, so that sums are large beside what they are of.
+  x = np.random.default_rng(side).normal(3, 1, (2, side, side, 5))
+  x = x.astype(np.float32)
+  # Some 60 roundings of 2 ** -24, of a running sum of 3136 numbers.
+  found = jax.jit(nn_gate.mean_of_pixels)(x)
+  np.testing.assert_allclose(found, np.float64(x).mean((1, 2)), rtol=4e-6)
 
 
 class DoubleHeadedGateTest(parameterized.TestCase):
