@@ -48,6 +48,7 @@ def save(
     platform: one of `PLATFORMS`; None means that of this process. What is
       chosen by platform at tracing (tiles, norms within kernels) is as for
       this process: export where the network is to run, if speed counts.
+      Attention is XLA's, since cuDNN's is not for every GPU.
 
   Raises:
     ValueError: for another platform, no positive batch size, or a gate that is

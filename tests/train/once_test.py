@@ -32,8 +32,7 @@ def make(stage, config, **options):
 
 @pytest.fixture(autouse=True)
 def means_are_no_products(monkeypatch):
-  plain = lambda x: x.mean((1, 2))  # noqa: E731
-  monkeypatch.setattr(nn_gate, 'mean_of_pixels', plain)
+  monkeypatch.setattr(nn_gate, 'mean_of_pixels', lambda x: x.mean((1, 2)))
 
 
 def products(function, *arguments) -> int:
