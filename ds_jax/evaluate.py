@@ -1,6 +1,6 @@
 """One sweep over the test images: every sub-network, and the routers.
 
-Axes: S sub-networks, K buckets (the first K of the S), N images, C classes.
+Axes: S sub-networks, K buckets (some of the S), N images, C classes.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class Sweep:
   Attributes:
     top1: (S, N) bool, whether the largest logit is the label's.
     top5: (S, N) bool, whether the label is among the five largest.
-    outcomes: of the buckets, on the same images.
+    outcomes: of the buckets, on the same images; None where not all ran.
   """
 
   top1: np.ndarray
   top5: np.ndarray
-  outcomes: routing.Outcomes
+  outcomes: routing.Outcomes | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Evaluator:
       executor: runs the networks on the devices.
     """
     self._architecture = models.Architecture(model)
-    self._sub_networks = models.sub_networks(model)
+    self._sub_networks = model.sub_networks
     self._ends = (model.narrowest, model.widest)
     self._normalize = normalize
     # No statistics are taken here, so nothing ties the devices' rows together;
@@ -145,21 +145,23 @@ class Evaluator:
     return jax.tree.map(lambda rows: rows[mask], rows)
 
   def _run_batch(self, variables, batch, subnets):
-    """Returns hits (N, S, 2) and the buckets' outcomes, and the mask."""
+    """Returns hits (N, S, 2), outcomes where all buckets ran, and the mask."""
     model = self._architecture.bind(variables)
     images, labels = self._normalize(batch['images']), batch['labels']
     features = model.trunk(images)
-    logits = [
-      model.branch(features, subnet)
-      if subnet in model.routing_space
+    logits = {
+      subnet: model.branch(features, subnet)
+      if model.shares_trunk(subnet)
       else model(images, subnet)
       for subnet in subnets
-    ]
-    buckets = logits[: len(model.routing_space)]
-    outcomes = routing.observe(
-      model.gate_logits(features), jnp.stack(buckets, 1), labels
-    )
-    hits = jnp.stack([_hits(x, labels) for x in logits], 1)
+    }
+    outcomes = None
+    if set(model.routing_space) <= set(subnets):
+      buckets = [logits[subnet] for subnet in model.routing_space]
+      outcomes = routing.observe(
+        model.gate_logits(features), jnp.stack(buckets, 1), labels
+      )
+    hits = jnp.stack([_hits(x, labels) for x in logits.values()], 1)
     return self._executor.all_rows(((hits, outcomes), batch['mask']))
 
   def _route_batch(self, variables, router, batch):
@@ -206,9 +208,10 @@ def results(
       from the sweep.
 
   Returns:
-    `subnets`, one row a sub-network; `routed`, the gate as a `Predictor` uses
-    it; at its mean MAdds `static_line` (the straight line between the static
-    sub-networks) and `best_static` (the best at the same or lower MAdds);
+    `subnets`, one row a sub-network; `buckets`, the indices of those that are
+    routed to; `routed`, the gate as a `Predictor` uses it; at its mean MAdds
+    `static_line` (the straight line between the static sub-networks) and
+    `best_static` (the best at the same or lower MAdds);
     `random`, a router with the gate's shares and no eyes; `oracle`, which takes
     the cheapest right bucket, or the first where none is right; `routers`, each
     router's `Point`s over the range of budgets; `ensemble`, whether averaging
@@ -218,13 +221,14 @@ def results(
   rows = _subnet_rows(sweep, model, image_size)
   if routed is None:
     router = routing.gate_at_target(held_out, costs, **gate)
-    routed = _replayed(sweep, router)
+    routed = _replayed(sweep, router, costs)
   routed = _routed_row(routed, costs)
   budgets_of = sweep.outcomes if held_out is None else held_out
-  buckets = rows[: len(costs.branches)]
+  buckets = [rows[index] for index in costs.indices]
   return {
     'num_images': len(sweep.outcomes),
     'subnets': rows,
+    'buckets': list(costs.indices),
     'routed': routed,
     **_at_equal_cost(routed, buckets),
     'oracle': _oracle(sweep.outcomes.right, costs),
@@ -238,7 +242,7 @@ def results(
 
 def _subnet_rows(sweep, model, image_size):
   rows = []
-  for i, subnet in enumerate(models.sub_networks(model)):
+  for i, subnet in enumerate(model.sub_networks):
     cost = model.cost(subnet, image_size)
     rows.append(
       {
@@ -252,9 +256,9 @@ def _subnet_rows(sweep, model, image_size):
   return rows
 
 
-def _replayed(sweep, router):
+def _replayed(sweep, router, costs):
   runs = routing.replay(router, sweep.outcomes)
-  images, last = np.arange(len(runs)), runs[:, 0]
+  images, last = np.arange(len(runs)), np.asarray(costs.indices)[runs[:, 0]]
   return RoutedSweep(sweep.top1[last, images], sweep.top5[last, images], runs)
 
 
@@ -317,9 +321,9 @@ def _router_rows(held_out, outcomes, costs, utility):
       held_out, costs, score=score
     )
   if len(costs.branches) > 2:
-    middle = len(costs.branches) // 2
-    ladder = (0, middle, len(costs.branches) - 1)
-    dials[f'ladder {ladder}'] = routing.CascadeDial(held_out, costs, ladder)
+    ladder = (0, len(costs.branches) // 2, len(costs.branches) - 1)
+    rungs = tuple(costs.indices[bucket] for bucket in ladder)
+    dials[f'ladder {rungs}'] = routing.CascadeDial(held_out, costs, ladder)
   return {
     name: [
       dataclasses.asdict(point)

@@ -1,6 +1,7 @@
-"""A routed network as one file, which needs no checkpoint.
+"""A routed network, or one sub-network, as one file that needs no checkpoint.
 
     python -m ds_jax.export --workdir=runs/digits --output=digits.ds
+    python -m ds_jax.export --workdir=runs/digits --output=small.ds --subnet=0
 
 The file holds the StableHLO of the whole prediction, from uint8 images to
 logits, as `jax.export` writes it (which promises to read it for half a year of
@@ -25,7 +26,7 @@ from flax import serialization
 from ds_jax import checkpoint, compiler, predict, routing
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
-_FORMAT = 'ds_jax routed network 1'
+_FORMAT = 'ds_jax routed network 2'
 _EXPECTED = (ImportError, OSError, ValueError, checkpoint.CheckpointError)
 # Batches that a device has while the next is prepared.
 _UNDER_WAY = 2
@@ -37,6 +38,7 @@ def save(
   *,
   batch_size: int,
   platform: str | None = None,
+  subnet: int | None = None,
 ) -> None:
   """Writes a predictor, with its router, for one batch size and platform.
 
@@ -49,10 +51,12 @@ def save(
       chosen by platform at tracing (tiles, norms within kernels) is as for
       this process: export where the network is to run, if speed counts.
       Attention is XLA's, since cuDNN's is not for every GPU.
+    subnet: the index of the sub-network to write instead of the router; it
+      needs no trained gate.
 
   Raises:
-    ValueError: for another platform, no positive batch size, or a gate that is
-      not trained yet.
+    ValueError: for another platform, no positive batch size, a gate that is not
+      trained yet, or a sub-network that does not exist.
     ImportError: without flatbuffers.
   """
   _check_flatbuffers()
@@ -62,7 +66,7 @@ def save(
       f'batch_size={batch_size}, platform={platform!r}: expected at least 1,'
       f' and one of {PLATFORMS}.'
     )
-  program, arguments = predictor.lowerable(platform)
+  program, arguments, costs = predictor.lowerable(platform, subnet)
   leaves, tree = jax.tree.flatten(arguments)
 
   def run(leaves, images):
@@ -74,7 +78,6 @@ def save(
   exported = jax.export.export(jax.jit(run), platforms=[platform])(
     leaves, images
   )
-  costs = predictor.costs
   content = {
     'format': _FORMAT,
     'program': bytes(exported.serialize()),
@@ -85,6 +88,7 @@ def save(
     'crop_ratio': predictor.crop_ratio,
     'trunk_madds': int(costs.trunk),
     'branch_madds': costs.branches,
+    'buckets': np.asarray(costs.indices),
   }
   _write(path, serialization.msgpack_serialize(content))
 
@@ -119,7 +123,9 @@ class Exported:
     self.batch_size = content['batch_size']
     self.image_size = content['image_size']
     self.costs = routing.BucketCosts(
-      content['trunk_madds'], content['branch_madds']
+      content['trunk_madds'],
+      content['branch_madds'],
+      tuple(content['buckets'].tolist()),
     )
     self._crop_ratio = content['crop_ratio']
     arrays = content['arrays']
@@ -145,14 +151,13 @@ class Exported:
       missing = self.batch_size - len(batch)
       if missing:
         batch = np.concatenate([batch, batch[:1].repeat(missing, axis=0)])
-      results.append(self._call(batch))
+      results.append(self._call(jax.device_put(batch)))
       if len(results) >= _UNDER_WAY:
         # Its images need not stay on the device.
         jax.block_until_ready(results[-_UNDER_WAY])
-    runs, logits = (
-      np.concatenate(part)[: len(images)] for part in zip(*results, strict=True)
-    )
-    return predict.prediction_of(runs, logits, self.costs)
+    parts = zip(*jax.device_get(results), strict=True)
+    routed = (np.concatenate(part)[: len(images)] for part in parts)
+    return predict.prediction_of(routing.Routed(*routed), self.costs)
 
 
 def load(path: str | os.PathLike) -> Exported:
@@ -211,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   parser.add_argument('--router', choices=('gate', 'cascade'), default='gate')
   parser.add_argument(
+    '--subnet', type=int, help='this sub-network alone, without a router'
+  )
+  parser.add_argument(
     '--shared_weights',
     action='store_true',
     help='store the weights once, and slice them in every call',
@@ -218,6 +226,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parser.parse_args(argv)
   if options.fraction is None and options.router != 'gate':
     parser.error(f'--router={options.router} needs a budget: --fraction=0.4')
+  if options.fraction is not None and options.subnet is not None:
+    parser.error(
+      '--subnet is one sub-network, which has no budget: leave out'
+      ' --fraction, or --subnet.'
+    )
   try:
     _export(options)
   except _EXPECTED as error:
@@ -239,6 +252,7 @@ def _export(options):
     options.output,
     batch_size=options.batch_size,
     platform=options.platform,
+    subnet=options.subnet,
   )
 
 

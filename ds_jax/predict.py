@@ -25,7 +25,7 @@ class Prediction:
   Attributes:
     logits: (N, C) float32.
     labels: (N,) int32, the largest logit.
-    buckets: (N,) int32, the sub-network whose answer it is.
+    buckets: (N,) int32, the index of the sub-network whose answer it is.
     madds: (N,) int64, multiply-adds spent, on all sub-networks that ran.
   """
 
@@ -87,9 +87,10 @@ class Predictor:
     self._gate = gate or {'target': 'sandwich', 'target_madds': None}
     self._held_out = held_out
     self._variables = models.variables_of(model)
-    self._sub_networks = models.sub_networks(model)
     self.costs = routing.BucketCosts.of_model(model, image_size)
-    self.router = routing.gate_at_target(held_out, self.costs, **self._gate)
+    self.router = jax.device_put(
+      routing.gate_at_target(held_out, self.costs, **self._gate)
+    )
     self._normalize = functools.partial(data.normalize, mean=mean, std=std)
     self.parts = Parts(model, self._normalize, image_size)
     self.weights = (
@@ -158,7 +159,8 @@ class Predictor:
         until one is sure.
       score: what a cascade is sure by: `probability`, `margin`, `entropy` or
         `learned`.
-      ladder: a cascade's buckets, rising; None means the first and the last.
+      ladder: a cascade's buckets, indices of sub-networks, rising; None means
+        the first and the last bucket.
 
     Raises:
       BudgetError: if the budget is out of the router's range.
@@ -180,14 +182,25 @@ class Predictor:
     if madds is None:
       madds = fraction * float(self.costs.buckets.max())
     if router == 'cascade':
-      dial = routing.CascadeDial(self._held_out, self.costs, ladder, score)
+      rungs = None if ladder is None else self._rungs(ladder)
+      dial = routing.CascadeDial(self._held_out, self.costs, rungs, score)
     else:
       utility = routing.utility_of(self._gate['target'])
       dial = routing.GateDial(self._held_out, self.costs, utility)
     # Shares the compiled programs.
     other = copy.copy(self)
-    other.router = dial.router(madds)
+    other.router = jax.device_put(dial.router(madds))
     return other
+
+  def _rungs(self, ladder: Sequence[int]) -> list[int]:
+    """Returns the places of these sub-networks among the buckets."""
+    indices = self.costs.indices
+    if not ladder or list(ladder) != [i for i in indices if i in ladder]:
+      raise ValueError(
+        f'ladder={tuple(ladder)}: expected one or more of the buckets'
+        f' {tuple(indices)}, rising.'
+      )
+    return [indices.index(bucket) for bucket in ladder]
 
   def __call__(
     self, images: np.ndarray, subnet: int | None = None
@@ -197,8 +210,8 @@ class Predictor:
     Args:
       images: (N, H, W, 3) or (N, H, W, 1) uint8. Those of another size are
         brought to `image_size` as evaluation does.
-      subnet: runs this sub-network for every image: a bucket, or K for the
-        widest network where it is not a bucket. None leaves it to the router.
+      subnet: the index of the sub-network to run for every image, a bucket of
+        the gate or not. None leaves it to the router.
 
     Returns:
       The prediction, on the host.
@@ -211,10 +224,8 @@ class Predictor:
     if subnet is not None:
       return self._run_one(images, subnet)
     self._check_gate()
-    routed = self.program()(images)
-    return prediction_of(
-      np.asarray(routed.runs), np.asarray(routed.logits), self.costs
-    )
+    routed = jax.device_get(self.program()(jax.device_put(images)))
+    return prediction_of(routed, self.costs)
 
   def program(self, subnet: int | None = None) -> Callable[[jax.Array], Any]:
     """Returns the compiled part of a prediction, whose results stay on device.
@@ -229,52 +240,66 @@ class Predictor:
     if subnet is None:
       return functools.partial(self._route, self._routed_weights(), self.router)
     chosen = self._sub_network(subnet)
-    # The widest network, where it is no bucket, has no slices.
-    is_bucket = chosen in self.model.routing_space
-    weights = self._weights_of([chosen.index]) if is_bucket else self._variables
-    return functools.partial(self._run, weights, subnet=chosen)
+    return functools.partial(
+      self._run, self._weights_alone(chosen), subnet=chosen
+    )
 
-  def lowerable(self, platform: str) -> tuple[Callable[..., Any], Any]:
-    """Returns the routed prediction for another platform to compile.
+  def lowerable(
+    self, platform: str, subnet: int | None = None
+  ) -> tuple[Callable[..., routing.Routed], Any, routing.BucketCosts]:
+    """Returns the prediction for another platform to compile.
 
     Args:
       platform: as JAX lowers for: `cpu`, `cuda`, `rocm` or `tpu`.
+      subnet: as in `__call__`. One sub-network is routed to as if it were the
+        only bucket.
 
     Returns:
-      A function of weights, router and images to `routing.Routed`, and the
-      first two.
+      A function of some arguments and images, those arguments, and the costs
+      of the buckets.
 
     Raises:
-      ValueError: if the gate is needed and not trained yet.
+      ValueError: if the gate is needed and not trained yet, or for a `subnet`
+        that does not exist.
     """
-    self._check_gate()
     parts = Parts(self.model, self._normalize, self.image_size, platform)
-    return functools.partial(_route, parts), (
-      self._routed_weights(),
-      self.router,
-    )
+    if subnet is not None:
+      chosen = self._sub_network(subnet)
+      run = functools.partial(_run_alone, parts, subnet=chosen)
+      return run, (self._weights_alone(chosen),), self._costs_alone(chosen)
+    self._check_gate()
+    arguments = self._routed_weights(), self.router
+    return functools.partial(_route, parts), arguments, self.costs
 
   def _routed_weights(self):
     buckets = sorted({bucket for run in self.router.runs for bucket in run})
-    return self._weights_of(buckets, gate=self.router.uses_gate)
+    indices = [self.costs.indices[bucket] for bucket in buckets]
+    return self._weights_of(indices, gate=self.router.uses_gate)
 
-  def _weights_of(self, buckets, gate=False):
+  def _weights_of(self, indices, gate=False):
     """Those that are needed: each array takes time in a call, used or not."""
     if isinstance(self.weights, models.Variables):
       return self.weights
-    names = ['trunk', *(['gate'] if gate else []), *map(str, buckets)]
+    names = ['trunk', *(['gate'] if gate else []), *map(str, indices)]
     return {name: self.weights[name] for name in names}
 
+  def _weights_alone(self, chosen: models.Subnet):
+    # Those that are no bucket have no slices of their own.
+    if chosen in self.model.routing_space:
+      return self._weights_of([chosen.index])
+    return self._variables
+
+  def _costs_alone(self, chosen: models.Subnet) -> routing.BucketCosts:
+    trunk, branch = self.model.cost_in_parts(chosen, self.image_size)
+    branches = np.asarray([branch.madds], np.int64)
+    return routing.BucketCosts(trunk.madds, branches, (chosen.index,))
+
   def _run_one(self, images, subnet) -> Prediction:
-    chosen = self._sub_network(subnet)
-    logits = np.asarray(self.program(subnet)(images))
-    madds = self.model.cost(chosen, self.image_size).madds
-    return Prediction(
-      logits,
-      logits.argmax(-1).astype(np.int32),
-      np.full(len(images), chosen.index, np.int32),
-      np.full(len(images), madds, np.int64),
-    )
+    run = self.program(subnet)
+    logits = jax.device_get(run(jax.device_put(images)))
+    only = np.zeros((len(images), 1), np.int32)
+    costs = self._costs_alone(self._sub_network(subnet))
+    return prediction_of(routing.Routed(only, logits), costs)
 
   def _check_gate(self):
     if self.router.uses_gate and not self._has_gate:
@@ -284,12 +309,12 @@ class Predictor:
       )
 
   def _sub_network(self, index: int) -> models.Subnet:
-    if not 0 <= index < len(self._sub_networks):
+    known = self.model.sub_networks
+    if not 0 <= index < len(known):
       raise ValueError(
-        f'subnet={index}: expected 0 (narrowest) to'
-        f' {len(self._sub_networks) - 1} (widest).'
+        f'subnet={index}: expected 0 (narrowest) to {len(known) - 1} (widest).'
       )
-    return self._sub_networks[index]
+    return known[index]
 
 
 def prepare_images(
@@ -327,15 +352,15 @@ def prepare_images(
 
 
 def prediction_of(
-  runs: np.ndarray, logits: np.ndarray, costs: routing.BucketCosts
+  routed: routing.Routed, costs: routing.BucketCosts
 ) -> Prediction:
-  """Returns what runs (N, R) and logits (N, C) of a router say."""
-  last = np.asarray(routing.last_bucket(runs, len(costs.branches)))
+  """Returns what images that went through a router are, all on the host."""
+  last = routing.last_bucket(routed.runs, len(costs.branches))
   return Prediction(
-    logits,
-    logits.argmax(-1).astype(np.int32),
-    last.astype(np.int32),
-    costs.of_runs(runs),
+    routed.logits,
+    routed.logits.argmax(-1).astype(np.int32),
+    np.asarray(costs.indices, np.int32)[last],
+    costs.of_runs(routed.runs),
   )
 
 
@@ -476,6 +501,11 @@ def _route(parts, weights, router, images):
   else:
     gate_logits = jnp.zeros((len(features), router.num_buckets))
   return routing.route(router, branches, gate_logits, features)
+
+
+def _run_alone(parts, weights, images, subnet):
+  runs = jnp.zeros((len(images), 1), jnp.int32)
+  return routing.Routed(runs, _run(parts, weights, images, subnet))
 
 
 def _run(parts, weights, images, subnet):

@@ -26,7 +26,12 @@ def write(results: evaluate.Results, workdir: pathlib.Path) -> None:
 
 def table(results: evaluate.Results) -> str:
   """Returns `results` as text for people."""
-  shares = ' '.join(f'{share:.1%}' for share in results['routed']['shares'])
+  shares = ', '.join(
+    f'{bucket}: {share:.1%}'
+    for bucket, share in zip(
+      results['buckets'], results['routed']['shares'], strict=True
+    )
+  )
   return '\n'.join(
     [
       *_subnet_lines(results),
@@ -89,8 +94,11 @@ def _ensemble_line(ensemble):
 
 
 def _dearest(results) -> float:
-  num_buckets = len(results['routed']['shares'])
-  return max(row['madds'] for row in results['subnets'][:num_buckets])
+  return max(row['madds'] for row in _buckets(results))
+
+
+def _buckets(results):
+  return [results['subnets'][index] for index in results['buckets']]
 
 
 def plot(results: evaluate.Results, path: pathlib.Path) -> None:
@@ -109,8 +117,7 @@ def plot(results: evaluate.Results, path: pathlib.Path) -> None:
   dearest = _dearest(results)
   canvas = figure.Figure(figsize=(8, 4), layout='constrained')
   axes = canvas.subplots()
-  num_buckets = len(results['routed']['shares'])
-  buckets = results['subnets'][:num_buckets]
+  buckets = _buckets(results)
   axes.plot(
     [row['madds'] / dearest for row in buckets],
     [100 * row['top1'] for row in buckets],

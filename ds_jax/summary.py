@@ -12,7 +12,7 @@ from ds_jax import models
 def rows(model, image_size: int) -> list[dict]:
   """Returns one row a sub-network, the widest last."""
   table = []
-  for subnet in models.sub_networks(model):
+  for subnet in model.sub_networks:
     cost = model.cost(subnet, image_size)
     table.append(
       {

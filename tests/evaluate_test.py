@@ -327,9 +327,7 @@ class EvaluatorTest(parameterized.TestCase):
   def test_sweep_equals_running_each_sub_network(self, num_devices):
     sweep = self.sweep(num_devices)
     images, labels = self.normalize(self.images[:21]), self.labels[:21]
-    logits = np.stack(
-      [self.model(images, s) for s in models.sub_networks(self.model)]
-    )
+    logits = np.stack([self.model(images, s) for s in self.model.sub_networks])
     np.testing.assert_array_equal(sweep.top1, logits.argmax(-1) == labels)
     # With three classes, the five best are all.
     assert sweep.top5.shape == (4, 21) and sweep.top5.all()

@@ -56,11 +56,31 @@ class PredictorTest(parameterized.TestCase):
   def test_a_bucket_can_be_forced(self, index):
     prediction = self.predictor(self.images[:5], subnet=index)
     floats = routed.as_floats(self.images[:5])
-    subnet = models.sub_networks(self.model)[index]
+    subnet = self.model.sub_networks[index]
     np.testing.assert_allclose(
       prediction.logits, self.model(floats, subnet), rtol=1e-4, atol=1e-5
     )
     assert (prediction.buckets == index).all()
+
+  @parameterized.parameters(None, 0, 3)
+  def test_images_move_in_and_results_out_once(self, subnet):
+    self.predictor(self.images[:4], subnet=subnet)
+    moves = []
+
+    def counted(move):
+      def run(*args, **kwargs):
+        moves.append(move.__name__)
+        return move(*args, **kwargs)
+
+      return run
+
+    with (
+      jax.transfer_guard('disallow'),
+      mock.patch.object(jax, 'device_put', counted(jax.device_put)),
+      mock.patch.object(jax, 'device_get', counted(jax.device_get)),
+    ):
+      self.predictor(self.images[:4], subnet=subnet)
+    assert moves == ['device_put', 'device_get']
 
   def test_one_program_for_each_batch_shape(self):
     predictor = predict.Predictor(
@@ -434,11 +454,11 @@ class BudgetTest(parameterized.TestCase):
     ),
     (
       {'fraction': 0.9, 'router': 'cascade', 'ladder': (2, 0)},
-      r'ladder=\(2, 0\): expected .* 0 to 2, rising',
+      r'ladder=\(2, 0\): expected .* buckets \(0, 1, 2\), rising',
     ),
     (
       {'fraction': 0.9, 'router': 'cascade', 'ladder': (0, 3)},
-      r'ladder=\(0, 3\): expected .* 0 to 2, rising',
+      r'ladder=\(0, 3\): expected .* buckets \(0, 1, 2\), rising',
     ),
   )
   def test_budgets_that_make_no_sense_are_refused(self, options, message):

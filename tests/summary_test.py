@@ -24,7 +24,7 @@ class SummaryTest(parameterized.TestCase):
     model, size = models.create_abstract_model(name), models.image_size(name)
     assert title == f'{name}, {size} pixels, 1000 classes'
     assert header.split()[:3] == ['index', 'MAdds', 'parameters']
-    for row, subnet in zip(rows, models.sub_networks(model), strict=True):
+    for row, subnet in zip(rows, model.sub_networks, strict=True):
       cost = model.cost(subnet, size)
       expected = [str(subnet.index), f'{cost.madds:,}', f'{cost.params:,}']
       assert row.split()[:3] == expected
@@ -47,7 +47,7 @@ class SummaryTest(parameterized.TestCase):
     model = models.create_abstract_model('ds_resnet50', 7)
     table = json.loads(run(*arguments, '--json'))
     assert [row['madds'] for row in table] == [
-      model.cost(s, 64).madds for s in models.sub_networks(model)
+      model.cost(s, 64).madds for s in model.sub_networks
     ]
 
   def test_json_has_the_same_rows(self):

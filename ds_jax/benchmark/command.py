@@ -137,10 +137,9 @@ def run(options: Options) -> dict[str, Any]:
     for batch_size in options.batch_sizes:
       measure(routers.router_ways(predictor, images, batch_size))
   if options.compare == 'onnxruntime':
-    dearest = subject.num_buckets - 1
     new, found = onnxruntime.compare(
       subject,
-      sorted({0, dearest // 2 + dearest % 2, dearest}),
+      inference.spread_out(subject.own.costs.indices, 3),
       options.batch_sizes,
       options.seconds / 10,
     )

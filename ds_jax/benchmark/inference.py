@@ -37,13 +37,10 @@ class Subject:
     )
     self.shared = make(presliced=False)
     self.own = make(presliced=True)
-    self.num_buckets = len(model.routing_space)
-    every = range(self.num_buckets)
+    every = tuple(s.index for s in model.routing_space)
     self.buckets = every if buckets is None else sorted(set(buckets))
     if not self.buckets or not set(self.buckets) <= set(every):
-      raise ValueError(
-        f'buckets={tuple(buckets)}: expected some of 0 to {every[-1]}.'
-      )
+      raise ValueError(f'buckets={tuple(buckets)}: expected some of {every}.')
 
   def images(self, batch_size: int) -> jax.Array:
     """Returns random uint8 images on the device."""
@@ -55,12 +52,13 @@ class Subject:
   def madds(self, bucket: int) -> int:
     """Of one image in this bucket, trunk included."""
     return self.model.cost(
-      self.model.routing_space[bucket], self.image_size
+      self.model.sub_networks[bucket], self.image_size
     ).madds
 
   def routed_to(self, bucket: int) -> predict.Predictor:
     """Returns a predictor whose gate sends everything to one bucket."""
-    offsets = np.where(np.arange(self.num_buckets) == bucket, 1e9, 0)
+    indices = np.asarray(self.own.costs.indices)
+    offsets = np.where(indices == bucket, 1e9, 0)
     forced = copy.copy(self.own)
     forced.router = routing.gate_router(offsets)
     return forced
@@ -132,12 +130,12 @@ def dispatch_ways(subject: Subject, batch_size: int) -> list[timing.Way]:
   """Ways to run branches, on features, for buckets of the given shares."""
   model, size = subject.model, subject.image_size
   parts, weights = subject.own.parts, subject.own.weights
-  chosen = _spread_out(subject.num_buckets, len(SHARES))
+  chosen = spread_out(subject.own.costs.indices, len(SHARES))
   counts = _counts(batch_size, SHARES[: len(chosen)])
   grouped = np.repeat(np.arange(len(chosen)), counts)
   buckets = np.random.default_rng(0).permutation(grouped).astype(np.int32)
   cost = [
-    model.cost_in_parts(model.routing_space[b], size)[1].madds for b in chosen
+    model.cost_in_parts(model.sub_networks[b], size)[1].madds for b in chosen
   ]
   mean = float(np.dot(counts, cost)) / batch_size
   images = subject.images(batch_size)
@@ -228,7 +226,7 @@ def dispatch_ratios(rows: Sequence[timing.Row]) -> dict[str, float]:
 def memory(subject: Subject, batch_size: int) -> dict[str, float]:
   """Returns bytes of compiled programs: arguments, results and temporaries."""
   images = subject.images(batch_size)
-  dearest = subject.num_buckets - 1
+  dearest = subject.own.costs.indices[-1]
   programs = {
     'routed': subject.shared.program(),
     'dearest bucket': subject.shared.program(dearest),
@@ -265,10 +263,10 @@ def depthwise_ratios(rows: Sequence[timing.Row]) -> dict[str, float]:
   return {'native_over_shifted_depthwise': statistics.median(ratios)}
 
 
-def _spread_out(num_buckets, count) -> list[int]:
-  return sorted(
-    set(np.linspace(0, num_buckets - 1, count).round().astype(int).tolist())
-  )
+def spread_out(buckets: Sequence[int], count: int) -> list[int]:
+  """Returns so many buckets, the first, the last, and some between them."""
+  places = np.linspace(0, len(buckets) - 1, count).round().astype(int)
+  return [buckets[place] for place in sorted(set(places.tolist()))]
 
 
 def _counts(batch_size, shares) -> list[int]:

@@ -104,7 +104,7 @@ def _export(subject, bucket, batch_size, form, folder) -> pathlib.Path:
   def run(images):
     images = (images.astype(jnp.float32) / 255 - 0.5) / 0.25
     bound = architecture.bind(variables)
-    return bound(images, model.routing_space[bucket])
+    return bound(images, model.sub_networks[bucket])
 
   path = folder / f'{form}_{bucket}_{batch_size}.onnx'
   size = subject.image_size

@@ -28,19 +28,19 @@ def router_ways(
   images = images[: num_batches * batch_size]
   batches = np.split(images, num_batches)
   on_device = [jax.device_put(batch) for batch in batches]
-  dearest = predictor.router.num_buckets - 1
+  buckets = predictor.costs.indices
 
   def way(name, program, madds):
     def call():
       return [program(batch) for batch in on_device]
 
     return timing.Way(
-      'routers', name, len(batches[0]), madds, call, f'bucket {dearest}',
+      'routers', name, len(batches[0]), madds, call, f'bucket {buckets[-1]}',
       num_batches,
     )  # fmt: skip
 
   ways = []
-  for bucket in range(dearest + 1):
+  for bucket in buckets:
     madds = predictor(images[:1], subnet=bucket).madds.mean()
     ways.append(way(f'bucket {bucket}', predictor.program(bucket), madds))
   for name, routed in _routed(predictor).items():

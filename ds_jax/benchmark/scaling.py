@@ -403,7 +403,7 @@ def _stages(model, image_size, executor):
 
 
 def _num_random(model):
-  return min(2, len(model.routing_space) - 2)
+  return min(2, len(model.sub_networks) - 2)
 
 
 def _step(stage, model, options):
@@ -438,9 +438,7 @@ def _about(model, options):
   def count(arrays):
     return sum(math.prod(x.shape) for x in arrays)
 
-  between = [
-    s for s in model.routing_space[1:] if s.index != model.widest.index
-  ]
+  between = model.sub_networks[1:-1]
   draw = np.random.default_rng((0, 0)).choice(
     len(between), _num_random(model), replace=False
   )

@@ -83,7 +83,7 @@ def _supernet_step(model, image_size, batch):
   options = supernet.SupernetConfig(
     num_epochs=1,
     optimizer=_OPTIMIZER,
-    num_random=min(2, len(model.routing_space) - 2),
+    num_random=min(2, len(model.sub_networks) - 2),
   )
   stage, step = _step_of(supernet.Supernet, options, model, batch)
   students = [model.widest, *stage.draw(0), model.narrowest]

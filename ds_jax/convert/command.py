@@ -42,6 +42,7 @@ def _convert(arguments):
     'name': name,
     'num_classes': arguments.num_classes or known.num_classes(state),
     **models.size_options(name, image_size),
+    **known.model_options(state),
   }
   model = known.load(state, models.create_model(**model_arguments))
   if arguments.sort:

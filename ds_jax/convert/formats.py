@@ -24,6 +24,7 @@ class Format:
     classifier: the name, or its end, of the classifier's bias.
     model: the model that the weights fit; None means that it depends on them.
     has_gate: whether the slices and the gate are trained.
+    model_options: the options of `create_model` that a state needs.
   """
 
   title: str
@@ -32,6 +33,7 @@ class Format:
   classifier: str
   model: str | None = None
   has_gate: bool = False
+  model_options: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
 
   def num_classes(self, state: Mapping[str, Any]) -> int:
     """Returns how many classes the classifier tells apart.
@@ -72,6 +74,7 @@ FORMATS = (
     'classifier.bias',
     'ds_mobilenet',
     has_gate=True,
+    model_options=official.model_options,
   ),
   Format(
     "torchvision's ResNet-50",

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from ds_jax import models
 from ds_jax.convert import loading
 
+_SLIMMING_HEAD = 'gate.gate.0'
+_SLIMMING = f'{_SLIMMING_HEAD}.weight'
 _OUTSIDE = {'stem': 'conv_stem', 'stem_norm': 'bn1', 'classifier': 'classifier'}
 _LAYERS = {
   'depthwise': 'conv_dw',
   'depthwise_norm': 'bn1',
   'gate/reduce': 'gate.conv_reduce',
   'gate/expand': 'gate.conv_expand',
-  'gate/slim': 'gate.gate.0',
+  'gate/slim': _SLIMMING_HEAD,
   'pointwise': 'conv_pw',
   'pointwise_norm': 'bn2',
 }
@@ -30,8 +33,9 @@ def from_official(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
     state: PyTorch names to arrays (NumPy or torch), as in the release; a
       `module.` prefix and `num_batches_tracked` are ignored.
     model: a `MobileNet` of the same widths, for example
-      `create_model('ds_mobilenet')`; it is not changed. With another number of
-      classes it keeps its classifier; otherwise it may be abstract.
+      `create_model('ds_mobilenet', **model_options(state))`; it is not changed.
+      With another number of classes it keeps its classifier, and with another
+      number of buckets its slimming head; otherwise it may be abstract.
 
   Returns:
     A model with these weights and statistics.
@@ -46,12 +50,53 @@ def from_official(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
       "The authors' gate is a head on the attention's reduction: make the"
       " model with gate_head='shared'."
     )
+  state = loading.plain_names(state)
+  head = _head_of_other_buckets(state, model)
   return loading.load(
-    loading.plain_names(state),
+    {name: array for name, array in state.items() if name != head},
     model,
-    functools.partial(source_of, model),
+    functools.partial(_source_but_of_head if head else source_of, model),
     'classifier.weight',
   )
+
+
+def _head_of_other_buckets(state, model) -> str | None:
+  """Returns the slimming head's name, where its number of buckets differs."""
+  num_buckets = len(model.routing_space)
+  for name, weight in state.items():
+    if name.endswith(_SLIMMING) and weight.shape[0] != num_buckets:
+      logging.warning(
+        'The slimming head of the weights is for %d buckets and that of the'
+        ' model for %d: it stays as it is, untrained. To load theirs, make the'
+        ' model with gate_buckets=%s.',
+        weight.shape[0],
+        num_buckets,
+        tuple(range(weight.shape[0])),
+      )
+      return name
+  return None
+
+
+def _source_but_of_head(model, path, shape):
+  return None if models.is_slimming(path) else source_of(model, path, shape)
+
+
+def model_options(state: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the options of `create_model` that the weights need.
+
+  The released gate chooses from the first widths only: Stage II of the release
+  cuts every slice list.
+
+  Args:
+    state: as of `from_official`.
+  """
+  state = loading.plain_names(state)
+  heads = [w.shape[0] for name, w in state.items() if name.endswith(_SLIMMING)]
+  rows = [re.search(r'\.bn2\.aux_bn\.(\d+)\.', name) for name in state]
+  num_slices = 1 + max((int(match[1]) for match in rows if match), default=0)
+  if not heads or heads[0] == num_slices:
+    return {}
+  return {'gate_buckets': tuple(range(heads[0]))}
 
 
 def source_of(

@@ -1,7 +1,7 @@
 """Supernets by name.
 
 Every family offers the same few names: `model(images, subnet)`, its parts
-`trunk`, `gate_logits` and `branch`, `cost(subnet, image_size)`,
+`trunk`, `gate_logits` and `branch`, `cost(subnet, image_size)`, `sub_networks`,
 `routing_space`, `narrowest` and `widest`.
 """
 
@@ -43,7 +43,6 @@ __all__ = [
   'is_slimming',
   'list_models',
   'size_options',
-  'sub_networks',
   'variables_from',
   'variables_of',
 ]
@@ -282,13 +281,6 @@ def create_abstract_model(
   `create_model` for the rest.
   """
   return nnx.eval_shape(_builder(name, num_classes, seed, options))
-
-
-def sub_networks(model) -> tuple[Subnet, ...]:
-  """Returns the routing space, and the widest after it where it is not in."""
-  if model.widest in model.routing_space:
-    return model.routing_space
-  return (*model.routing_space, model.widest)
 
 
 def image_size(name: str) -> int:

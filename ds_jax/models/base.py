@@ -3,6 +3,7 @@
 Axes: N batch, H, W, C channels, K buckets.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,8 +22,9 @@ class SlicedNetwork(nnx.Module):
   A family is `trunk`, `gate_logits`, `branch` and `cost_in_parts`.
 
   Attributes:
-    routing_space: the buckets, cheapest first.
-    narrowest: the first bucket.
+    sub_networks: all of them, cheapest first; the last is the widest.
+    routing_space: the buckets, those of them that the gate chooses from.
+    narrowest: the first sub-network.
     widest: every slice full; a bucket only if the whole trunk has one slice.
     num_classes: outputs of the classifier.
     dtype: what activations are computed in.
@@ -30,25 +32,42 @@ class SlicedNetwork(nnx.Module):
 
   def __init__(
     self,
-    routing_space: tuple[subnets.Subnet, ...],
+    sharing_trunk: tuple[subnets.Subnet, ...],
     widest: subnets.Subnet,
     *,
     num_classes: int,
+    gate_buckets: Sequence[int] | None,
     dropout_rate: float,
     dtype: str,
   ):
+    """Sets what all families have.
+
+    Args:
+      sharing_trunk: the sub-networks that a gate can choose from, since they
+        share the trunk.
+      widest: the last of them, or one with a trunk of its own.
+      num_classes: outputs of the classifier.
+      gate_buckets: indices of those that the gate chooses from; None means all
+        that share the trunk.
+      dropout_rate: before the classifier.
+      dtype: what activations are computed in.
+
+    Raises:
+      ValueError: for a value that can't be.
+    """
     validation.check_range('dropout_rate', dropout_rate, low=0, below=1)
     validation.check_choice('dtype', dtype, ('float32', 'bfloat16'))
-    self.routing_space = routing_space
-    self.narrowest = routing_space[0]
-    self.widest = widest
+    apart = () if widest in sharing_trunk else (widest,)
+    self.sub_networks = (*sharing_trunk, *apart)
+    self.routing_space = subnets.chosen(sharing_trunk, gate_buckets)
+    self.narrowest, self.widest = sharing_trunk[0], widest
     self.num_classes = num_classes
     self.dtype = dtype
     self._dropout_rate = dropout_rate
     # Rows of batch statistics: the trunk tells apart two sub-networks at
     # most, the rest tells apart all.
-    self._trunk_rows = 1 if widest in routing_space else 2
-    self._branch_rows = widest.index + 1
+    self._trunk_rows = 1 + len(apart)
+    self._branch_rows = len(self.sub_networks)
 
   def __call__(
     self,
@@ -62,7 +81,7 @@ class SlicedNetwork(nnx.Module):
 
     Args:
       images: (N, H, W, 3) float, normalised.
-      subnet: one of `routing_space`, or `widest`.
+      subnet: one of `sub_networks`.
       momentum: None for inference; for training, the share of the batch in the
         running statistics (see `SlicedBatchNorm`).
       rng: a key for dropout and stochastic depth; None drops nothing.
@@ -117,6 +136,10 @@ class SlicedNetwork(nnx.Module):
     """Runs the rest, from the gate's features to logits."""
     raise NotImplementedError
 
+  def shares_trunk(self, subnet: subnets.Subnet) -> bool:
+    """Whether it starts from `trunk(images)`; else only the widest's does."""
+    return self._trunk_rows == 1 or subnet != self.widest
+
   def cost(self, subnet: subnets.Subnet, image_size: int) -> subnets.Cost:
     """Returns what one image of `image_size` pixels a side costs."""
     trunk, branch = self.cost_in_parts(subnet, image_size)
@@ -148,4 +171,4 @@ class SlicedNetwork(nnx.Module):
     return jnp.where(keep, x / (1 - self._dropout_rate), 0.0)
 
   def _trunk_row(self, subnet: subnets.Subnet) -> int:
-    return 0 if subnet.index < len(self.routing_space) else 1
+    return 0 if self.shares_trunk(subnet) else 1

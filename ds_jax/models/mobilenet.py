@@ -122,6 +122,7 @@ class MobileNet(base.SlicedNetwork):
     stem_widths: Sequence[int],
     stages: Sequence[StageSpec | Mapping],
     gate_stage: int,
+    gate_buckets: Sequence[int] | None = None,
     gate_head: str = 'shared',
     gate_width: int | None = None,
     gate_hidden: Sequence[int] = (64, 64),
@@ -138,6 +139,8 @@ class MobileNet(base.SlicedNetwork):
       stages: the stages; mappings are read as `StageSpec(**mapping)`.
       gate_stage: the index of the stage whose first block holds the gate. From
         it on, every slice list has K entries, or one for all buckets.
+      gate_buckets: the sub-networks that the gate chooses from, two or more
+        of the indices 0 to K - 1, rising; None means all K.
       gate_head: `shared`, as published: a linear slimming head on the
         reduction of the gated block's attention; or `own`: a `SlimmingGate`,
         beside the attention.
@@ -162,6 +165,7 @@ class MobileNet(base.SlicedNetwork):
       # The gated block's depthwise convolution is in the trunk.
       *subnets.routing_space(stem, stages, gate_stage, in_trunk=('kernel',)),
       num_classes=num_classes,
+      gate_buckets=gate_buckets,
       dropout_rate=dropout_rate,
       dtype=dtype,
     )
@@ -286,7 +290,7 @@ class MobileNet(base.SlicedNetwork):
   def _gate_kernel(self, subnet: subnets.Subnet) -> int:
     """The gated block's depthwise kernel, the same for every bucket."""
     kernels = self.specs[1 + self.gate_stage].kernels
-    return kernels[0 if subnet.index < len(self.routing_space) else -1]
+    return kernels[0 if self.shares_trunk(subnet) else -1]
 
 
 def _extract_cost(area, kernel_size, width) -> subnets.Cost:

@@ -164,6 +164,7 @@ class ResNet(base.SlicedNetwork):
     stem: Stem | Mapping,
     stages: Sequence[BottleneckStage | Mapping],
     gate_stage: int,
+    gate_buckets: Sequence[int] | None = None,
     gate_hidden: Sequence[int] = (64, 64),
     gate_pooling: str = 'mean_max_std',
     dropout_rate: float = 0.0,
@@ -178,6 +179,8 @@ class ResNet(base.SlicedNetwork):
       stages: the stages; mappings are read as `BottleneckStage(**mapping)`.
       gate_stage: the index of the first stage of the branch. From it on, every
         slice list has K entries, or one for all buckets.
+      gate_buckets: the sub-networks that the gate chooses from, two or more
+        of the indices 0 to K - 1, rising; None means all K.
       gate_hidden: units of the gate's hidden layers; none makes it linear.
       gate_pooling: what the gate reads; see `SlimmingGate`.
       dropout_rate: before the classifier, where a call brings an `rng`.
@@ -195,6 +198,7 @@ class ResNet(base.SlicedNetwork):
     super().__init__(
       *subnets.routing_space(stem, stages, gate_stage),
       num_classes=num_classes,
+      gate_buckets=gate_buckets,
       dropout_rate=dropout_rate,
       dtype=dtype,
     )

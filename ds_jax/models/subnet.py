@@ -40,8 +40,7 @@ class Subnet:
   """Which slice each stage uses; hashable, so a static argument under jit.
 
   Attributes:
-    index: the bucket in the model's routing space; the widest network, where
-      it is not itself a bucket, comes after the last one.
+    index: its place among the model's sub-networks, cheapest first.
     stem: the stem's slice.
     stages: one slice a stage.
   """
@@ -80,7 +79,7 @@ def routing_space(
   gate_stage: int,
   in_trunk: Sequence[str] = (),
 ) -> tuple[tuple[Subnet, ...], Subnet]:
-  """Returns the buckets, cheapest first, and the widest sub-network.
+  """Returns those that may be buckets, cheapest first, and the widest.
 
   Before the gate, in the trunk, every bucket takes the first slice of each
   list and the widest network the last. From the gated stage on, a list has K
@@ -117,6 +116,29 @@ def routing_space(
   if all(values[0] == values[-1] for values in shared):
     return buckets, buckets[-1]
   return buckets, subnet(num_buckets, -1, -1)
+
+
+def chosen(
+  sharing_trunk: tuple[Subnet, ...], gate_buckets: Sequence[int] | None
+) -> tuple[Subnet, ...]:
+  """Returns the routing space: the sub-networks that a gate chooses from.
+
+  Args:
+    sharing_trunk: those that it can choose from.
+    gate_buckets: the indices of some; None means all.
+
+  Raises:
+    ValueError: unless these are two or more, rising.
+  """
+  if gate_buckets is None:
+    return sharing_trunk
+  known = [s.index for s in sharing_trunk if s.index in gate_buckets]
+  if len(known) < 2 or list(gate_buckets) != known:
+    raise ValueError(
+      f'gate_buckets={tuple(gate_buckets)}: expected two or more of the'
+      f' sub-networks 0 to {len(sharing_trunk) - 1}, rising.'
+    )
+  return tuple(sharing_trunk[index] for index in known)
 
 
 def _num_buckets(stages, first) -> int:

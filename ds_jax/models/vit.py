@@ -163,6 +163,7 @@ class VisionTransformer(base.SlicedNetwork):
     patch_size: int,
     stages: Sequence[BlockStage | Mapping],
     gate_stage: int,
+    gate_buckets: Sequence[int] | None = None,
     head_dim: int = 64,
     slicing: str = 'idle',
     pooling: str = 'class_token',
@@ -183,6 +184,8 @@ class VisionTransformer(base.SlicedNetwork):
         the widest slice of all.
       gate_stage: the index of the first stage of the branch. From it on, every
         slice list has K entries, or one for all buckets.
+      gate_buckets: the sub-networks that the gate chooses from, two or more
+        of the indices 0 to K - 1, rising; None means all K.
       head_dim: a head's width.
       slicing: `idle` or `plain`.
       pooling: what the classifier reads, `class_token` or `mean` (of the
@@ -217,11 +220,12 @@ class VisionTransformer(base.SlicedNetwork):
     super().__init__(
       *subnets.routing_space(embedding, stages, gate_stage),
       num_classes=num_classes,
+      gate_buckets=gate_buckets,
       dropout_rate=dropout_rate,
       dtype=dtype,
     )
     if slicing == 'plain':
-      _check_plain((*self.routing_space, self.widest))
+      _check_plain(self.sub_networks)
     self.specs, self.gate_stage = stages, gate_stage
     self.image_size, self.patch_size = image_size, patch_size
     self.head_dim = head_dim

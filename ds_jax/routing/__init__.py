@@ -22,6 +22,7 @@ from ds_jax.routing.outcomes import (
 )
 from ds_jax.routing.router import (
   SCORES,
+  Routed,
   Router,
   cascade_router,
   gate_router,
@@ -38,6 +39,7 @@ __all__ = [
   'GateDial',
   'Outcomes',
   'Point',
+  'Routed',
   'Router',
   'cascade_router',
   'check_budget',

@@ -7,7 +7,7 @@ Axes: N images, K buckets, C classes, R runs, W weights of an average.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -120,7 +120,7 @@ def _replay(router, gate_logits, confidence):
 
 def right_answers(runs: np.ndarray, outcomes: Outcomes) -> np.ndarray:
   """Returns (N,) bool, whether the last of the runs (N, R) gave the label."""
-  last = np.asarray(routers.last_bucket(runs, outcomes.right.shape[1]))
+  last = routers.last_bucket(runs, outcomes.right.shape[1])
   return outcomes.right[np.arange(len(last)), last]
 
 
@@ -131,17 +131,25 @@ class BucketCosts:
   Attributes:
     trunk: of the part that runs for every image.
     branches: (K,) int64, of each bucket's branch.
+    indices: (K,) of the buckets among the model's sub-networks; None means the
+      first K.
   """
 
   trunk: int
   branches: np.ndarray
+  indices: Sequence[int] | None = None
+
+  def __post_init__(self):
+    if self.indices is None:
+      object.__setattr__(self, 'indices', tuple(range(len(self.branches))))
 
   @classmethod
   def of_model(cls, model, image_size: int) -> 'BucketCosts':
     """Counts a model's buckets, for images of this size."""
     parts = [model.cost_in_parts(s, image_size) for s in model.routing_space]
     branches = np.asarray([branch.madds for _, branch in parts], np.int64)
-    return cls(parts[0][0].madds, branches)
+    indices = tuple(s.index for s in model.routing_space)
+    return cls(parts[0][0].madds, branches, indices)
 
   @property
   def buckets(self) -> np.ndarray:

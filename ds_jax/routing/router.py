@@ -13,6 +13,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ds_jax import validation
 from ds_jax.routing import dispatch
@@ -281,6 +282,6 @@ def walk(
   return jnp.stack(history, axis=1)
 
 
-def last_bucket(runs: jax.Array, num_buckets: int) -> jax.Array:
-  """Returns (N,), the last bucket that ran, of (N, R)."""
-  return jnp.where(runs < num_buckets, runs, -1).max(-1)
+def last_bucket(runs: np.ndarray, num_buckets: int) -> np.ndarray:
+  """Returns (N,), the last bucket that ran, of (N, R); on the host."""
+  return np.where(runs < num_buckets, runs, -1).max(-1)

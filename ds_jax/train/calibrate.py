@@ -83,9 +83,10 @@ class Calibrate:
     # Each row is moved once: the trunk's for all buckets together.
     features = model.trunk(images, momentum=momentum)
     model.gate_logits(features, momentum)
-    for subnet in model.routing_space:
-      model.branch(features, subnet, momentum=momentum)
-    if model.widest not in model.routing_space:
-      model(images, model.widest, momentum=momentum)
+    for subnet in model.sub_networks:
+      if model.shares_trunk(subnet):
+        model.branch(features, subnet, momentum=momentum)
+      else:
+        model(images, subnet, momentum=momentum)
     batch_stats = self.executor.mean(models.variables_of(model).batch_stats)
     return batch_stats, optax.tree.norm(batch_stats)

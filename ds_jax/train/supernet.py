@@ -118,9 +118,7 @@ class Supernet:
     self._architecture = models.Architecture(model)
     self._normalize = normalize
     self._narrowest, self._widest = model.narrowest, model.widest
-    self._between = [
-      s for s in model.routing_space[1:] if s.index != model.widest.index
-    ]
+    self._between = model.sub_networks[1:-1]
     if config.num_random > len(self._between):
       raise ValueError(
         f'supernet.num_random={config.num_random}, but the model has only'

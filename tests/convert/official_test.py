@@ -10,6 +10,7 @@ import pytest
 from absl.testing import parameterized
 
 from ds_jax import convert, models
+from ds_jax.convert import official
 from models import fixed
 
 GOLDEN = dict(
@@ -46,10 +47,11 @@ class TorchLike:
     raise TypeError("can't convert an accelerator's tensor to numpy.")
 
 
-def create_model(num_classes=10):
+def create_model(num_classes=10, **options):
   return models.create_abstract_model(
     'ds_mobilenet',
     num_classes,
+    **options,
     stem_widths=(8, 12),
     stages=(
       dict(widths=(8, 16)),
@@ -181,3 +183,32 @@ class FromOfficialTest(parameterized.TestCase):
   def test_an_abstract_model_has_no_classifier_to_keep(self):
     with pytest.raises(ValueError, match="its own .'classifier/bias'.*create"):
       convert.from_official(STATE, create_model(num_classes=7))
+
+  def test_a_head_for_the_first_widths_makes_a_gate_over_them(self):
+    head = 'blocks.3.first_block.gate.gate.0.weight'
+    state = {**STATE, head: STATE[head][:2]}
+    options = official.model_options(state)
+    assert options == {'gate_buckets': (0, 1)}
+    model = convert.from_official(state, create_model(**options))
+    found, expected = models.variables_of(model), converted(STATE)
+    path = 'stages/3/0/gate/slim/kernel'
+    expected.params[path] = expected.params[path][:, :2]
+    assert_equal_variables(found, expected)
+    assert official.model_options(STATE) == {}
+
+  def test_a_head_for_other_buckets_leaves_the_model_its_own(self):
+    head = 'blocks.3.first_block.gate.gate.0.weight'
+    state = {**STATE, head: STATE[head][:2]}
+    model = create_model()
+    model = models.Architecture(model).bind(fixed.random_variables(model))
+    with self.assertLogs('absl', 'WARNING') as logs:
+      found = models.variables_of(convert.from_official(state, model))
+    assert 'for 2 buckets and that of the model for 4' in logs.output[0]
+    assert 'gate_buckets=(0, 1)' in logs.output[0]
+    expected = converted(STATE)
+    path = 'stages/3/0/gate/slim/kernel'
+    expected.params[path] = models.variables_of(model).params[path]
+    assert_equal_variables(found, expected)
+    del state[head]
+    with pytest.raises(ValueError, match=f'missing: {head}'):
+      convert.from_official(state, model)

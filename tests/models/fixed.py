@@ -43,7 +43,7 @@ def calibrated_variables(model, images, seed=0):
   def run(variables):
     bound = models.Architecture(model).bind(variables)
     bound.gate_logits(bound.trunk(images, momentum=1.0), momentum=1.0)
-    for subnet in models.sub_networks(model):
+    for subnet in model.sub_networks:
       bound(images, subnet, momentum=1.0)
     return models.variables_of(bound)
 
@@ -160,7 +160,7 @@ def assert_parts_make_the_cost(model, image_size, trunk_madds):
     trunk_madds: the buckets' trunk's, and the widest network's.
   """
   trunks = []
-  for subnet in models.sub_networks(model):
+  for subnet in model.sub_networks:
     trunk, branch = model.cost_in_parts(subnet, image_size)
     cost = model.cost(subnet, image_size)
     assert trunk.madds + branch.madds == cost.madds

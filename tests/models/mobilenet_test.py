@@ -319,9 +319,7 @@ class OptionsTest(parameterized.TestCase):
     model = create_abstract(stem_widths=(8,), stages=[stage], gate_stage=0)
     assert model.widest.index == 2
     assert model.widest.stages == model.routing_space[1].stages
-    last, widest = (
-      model.cost(s, 8).madds for s in models.sub_networks(model)[1:]
-    )
+    last, widest = (model.cost(s, 8).madds for s in model.sub_networks[1:])
     # 16 more taps of 8 channels in 4 x 4 pixels.
     assert widest - last == 16 * 8 * 16
 
@@ -329,7 +327,7 @@ class OptionsTest(parameterized.TestCase):
     one, other = (create_abstract(seed=s, **OPTIONS) for s in (0, 1))
     assert one.narrowest == other.narrowest == one.routing_space[0]
     assert len({*one.routing_space, *other.routing_space, one.widest}) == 4
-    assert models.sub_networks(one) == (*one.routing_space, one.widest)
+    assert one.sub_networks == (*one.routing_space, one.widest)
 
   def test_bfloat16_activations_give_float32_logits_of_float32_weights(self):
     full, half = (

@@ -101,7 +101,7 @@ class CalibrateTest(parameterized.TestCase):
 
   def test_every_row_is_the_mean_of_each_sub_network_s_moments(self):
     architecture = models.Architecture(self.model)
-    subnets = models.sub_networks(self.model)
+    subnets = self.model.sub_networks
     assert len(subnets) == 4
 
     @jax.jit
