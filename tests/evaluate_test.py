@@ -13,14 +13,20 @@ import micro
 from ds_jax import evaluate, models, parallel, routing
 
 
+def _subnets(*names):
+  """Sub-networks that are told apart by a name in place of their slices."""
+  return tuple(models.Subnet(i, name, ()) for i, name in enumerate(names))
+
+
 class _Model:
   """Three buckets of 10, 20 and 40 MAdds, and a widest that is none."""
 
-  routing_space, widest = ('first', 'second', 'last'), 'widest'
+  sub_networks = _subnets('first', 'second', 'last', 'widest')
+  routing_space = sub_networks[:3]
 
   def cost_in_parts(self, subnet, image_size):
     assert image_size == 8
-    branch = {'first': 5, 'second': 15, 'last': 35, 'widest': 95}[subnet]
+    branch = {'first': 5, 'second': 15, 'last': 35, 'widest': 95}[subnet.stem]
     return models.Cost(5, 3), models.Cost(branch, 4)
 
   def cost(self, subnet, image_size):
@@ -29,7 +35,7 @@ class _Model:
 
 
 class _TwoBuckets(_Model):
-  routing_space, widest = ('first', 'last'), 'last'
+  routing_space = sub_networks = _subnets('first', 'last')
 
 
 AS_TRAINED = dict(target='sandwich', target_madds=None)

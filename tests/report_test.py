@@ -35,6 +35,7 @@ RESULTS = {
     {'index': 1, 'madds': 1000, 'params': 20, 'top1': 0.625, 'top5': 0.875},
     {'index': 2, 'madds': 2000, 'params': 30, 'top1': 0.6875, 'top5': 0.9375},
   ],
+  'buckets': [0, 1],
   'routed': {
     'top1': 0.6, 'top5': 0.8, 'madds': 550.0, 'shares': [0.75, 0.25],
   },
@@ -84,7 +85,7 @@ class TableTest(parameterized.TestCase):
     ('best_static', ['50.00', '400', '20.0%']),
     ('random', ['53.10', '550', '27.5%']),
     ('oracle', ['70.00', '460', '23.0%']),
-    ('Images per bucket:', ['75.0%', '25.0%']),
+    ('Images per bucket:', ['0:', '75.0%,', '1:', '25.0%']),
   )
   def test_sub_networks_and_what_the_gate_makes_of_them(self, name, words):
     assert row(self.text, name) == words
