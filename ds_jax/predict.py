@@ -131,7 +131,8 @@ class Predictor:
       mean=meta['mean'],
       std=meta['std'],
       crop_ratio=meta['crop_ratio'],
-      has_gate=meta['stage'] in ('gate', 'budget', 'converted'),
+      has_gate=meta['stage'] in ('gate', 'budget')
+      or meta.get('has_gate', False),
       gate=meta.get('gate'),
       held_out=routing.images_held_out(restored.tree),
       presliced=presliced,
@@ -304,8 +305,10 @@ class Predictor:
   def _check_gate(self):
     if self.router.uses_gate and not self._has_gate:
       raise ValueError(
-        'This checkpoint is from before Stage II: its gate is not trained.'
-        ' Choose a sub-network with predictor(images, subnet=k), or train on.'
+        'This checkpoint is from before Stage II, or a conversion: its gate is'
+        ' not trained. Choose a sub-network with predictor(images, subnet=k),'
+        ' train on, or, if the converted weights have a trained gate, convert'
+        ' them with --gate=trained.'
       )
 
   def _sub_network(self, index: int) -> models.Subnet:

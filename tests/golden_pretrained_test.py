@@ -67,7 +67,7 @@ def test_widest_network_is_the_source(source, name, renames):
   architecture = models.Architecture(model)
   run = jax.jit(lambda v: architecture.bind(v)(images, model.widest))
   for rename in renames:
-    loaded = convert.from_any(rename(state), model)
+    loaded = convert.from_state(rename(state), model)
     found = np.asarray(run(models.variables_of(loaded)))
     assert found.shape == expected.shape == (2, 1000)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()

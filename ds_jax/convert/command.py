@@ -29,9 +29,14 @@ def _convert(arguments):
     raise FileExistsError(
       f'{directory} holds checkpoints already; choose a new --output.'
     )
-  state = files.read(arguments.input)
+  state = files.read(arguments.input, arguments.state)
   known = formats.recognise(state)
-  if arguments.sort and known.has_gate:
+  if arguments.gate == 'trained' and not known.is_sliced:
+    raise ValueError(
+      f'--gate=trained: these weights are of {known.title}, which has no gate;'
+      ' leave out --gate.'
+    )
+  if arguments.sort and known.is_sliced:
     raise ValueError(
       f'--sort={arguments.sort}: these weights are of {known.title}, whose'
       ' slices are trained as they are; leave out --sort.'
@@ -51,7 +56,8 @@ def _convert(arguments):
     model,
     model_arguments,
     arguments.output,
-    stage='converted' if known.has_gate else 'pretrained',
+    stage='converted' if known.is_sliced else 'pretrained',
+    has_gate=arguments.gate == 'trained',
     image_size=image_size,
     mean=arguments.mean,
     std=arguments.std,
@@ -64,6 +70,7 @@ def _save(
   output: str,
   *,
   stage: str,
+  has_gate: bool,
   image_size: int,
   mean: Sequence[float],
   std: Sequence[float],
@@ -71,6 +78,7 @@ def _save(
   """Writes a checkpoint that `Predictor.restore(output)` loads."""
   meta = {
     'stage': stage,
+    'has_gate': has_gate,
     'model': dict(model_arguments),
     'image_size': image_size,
     'crop_ratio': 0.875,
@@ -93,6 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     '--input', required=True, help='an .npz, .safetensors or PyTorch file'
   )
   parser.add_argument('--output', required=True, help='the workdir to write')
+  parser.add_argument(
+    '--state',
+    metavar='KEY',
+    help='which of the states in a PyTorch file, as in model_ema; default: the'
+    ' moving average where there is one',
+  )
+  parser.add_argument(
+    '--gate',
+    choices=('trained', 'untrained'),
+    default='untrained',
+    help="whether the gate in the authors' weights is trained, and routes; in"
+    ' their release it is not',
+  )
   parser.add_argument(
     '--model',
     choices=models.list_models(),

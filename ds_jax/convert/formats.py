@@ -2,13 +2,12 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
 
-from ds_jax.convert import official, torchvision, vit
+from ds_jax.convert import loading, official, torchvision, vit
 
 _VIT_MODELS = {192: 'ds_vit_ti16', 384: 'ds_vit_s16'}
 
@@ -19,11 +18,12 @@ class Format:
 
   Attributes:
     title: whose.
-    pattern: matches the beginning of names that only this format has.
+    pattern: matches the beginning of names that only this format has, after a
+      wrapper's prefix.
     load: takes a state and a model to a model.
-    classifier: the name, or its end, of the classifier's bias.
+    classifier: the name of the classifier's bias.
     model: the model that the weights fit; None means that it depends on them.
-    has_gate: whether the slices and the gate are trained.
+    is_sliced: whether the slices are trained, and a gate may be.
     model_options: the options of `create_model` that a state needs.
   """
 
@@ -32,7 +32,7 @@ class Format:
   load: Callable[[Mapping[str, Any], nnx.Module], nnx.Module]
   classifier: str
   model: str | None = None
-  has_gate: bool = False
+  is_sliced: bool = False
   model_options: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
 
   def num_classes(self, state: Mapping[str, Any]) -> int:
@@ -41,9 +41,9 @@ class Format:
     Raises:
       ValueError: if there is no classifier.
     """
-    for name in (self.classifier, f'module.{self.classifier}'):
-      if name in state:
-        return state[name].shape[0]
+    plain = loading.plain_names(state, self.pattern)
+    if self.classifier in plain:
+      return plain[self.classifier].shape[0]
     raise ValueError(
       f'The weights have no classifier ({self.classifier}); say for how many'
       ' classes it shall be, as with --num_classes=1000.'
@@ -69,29 +69,29 @@ class Format:
 FORMATS = (
   Format(
     "the authors' DS-Net",
-    r'blocks\.\d+\.first_block\.',
+    official.PATTERN,
     official.from_official,
     'classifier.bias',
     'ds_mobilenet',
-    has_gate=True,
+    is_sliced=True,
     model_options=official.model_options,
   ),
   Format(
     "torchvision's ResNet-50",
-    r'layer\d+\.\d+\.conv',
+    torchvision.PATTERN,
     torchvision.from_torchvision_resnet50,
     'fc.bias',
     'ds_resnet50',
   ),
   Format(
     "timm's ViT",
-    r'blocks\.\d+\.attn\.',
+    vit.TIMM_PATTERN,
     vit.from_timm_vit,
     'head.bias',
   ),
   Format(
     "Hugging Face's ViT",
-    r'((vit|deit)\.)?encoder\.layer\.\d+\.attention\.attention\.',
+    vit.HUGGING_FACE_PATTERN,
     vit.from_timm_vit,
     'classifier.bias',
   ),
@@ -105,8 +105,7 @@ def recognise(state: Mapping[str, Any]) -> Format:
     ValueError: if it is none of those known.
   """
   for known in FORMATS:
-    pattern = re.compile(r'(module\.)?' + known.pattern)
-    if any(pattern.match(name) for name in state):
+    if loading.matches(state, known.pattern):
       return known
   titles = [known.title for known in FORMATS]
   names = ', '.join(itertools.islice(state, 3)) or 'none'
@@ -116,11 +115,11 @@ def recognise(state: Mapping[str, Any]) -> Format:
   )
 
 
-def from_any(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
+def from_state(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
   """Loads weights of whichever format their names are of.
 
   Args:
-    state: names to arrays, as `read` returns them.
+    state: names to arrays, as `read` or PyTorch's `state_dict()` returns them.
     model: what to load into; it is not changed. See `from_official`,
       `from_torchvision_resnet50` and `from_timm_vit`.
 

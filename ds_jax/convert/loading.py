@@ -6,6 +6,7 @@ are OIHW, ours HWIO, and dense ones OI and IO.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from absl import logging
 from flax import nnx
 
 from ds_jax import models
+
+# Of batch norms, and of torch.optim.swa_utils.AveragedModel.
+_COUNTERS = ('num_batches_tracked', 'n_averaged')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +60,9 @@ def load(
     A model with these arrays.
 
   Raises:
-    ValueError: that lists every missing, unknown and misshapen name; or if the
-      model is to keep arrays of its own and is abstract.
+    ValueError: that lists every missing, unknown and misshapen name, or every
+      array with numbers that are not finite; or if the model is to keep arrays
+      of its own and is abstract.
   """
   own = flat_arrays(model)
   classes = (
@@ -71,6 +76,7 @@ def load(
   sources = {path: s for path, s in sources.items() if s is not None}
   sources = _without_absent_classifier(state, sources)
   _check_names(state, sources)
+  _check_finite(state, sources)
   arrays = {
     path: jnp.asarray(s.assemble([_to_numpy(state[n]) for n in s.names]))
     for path, s in sources.items()
@@ -113,13 +119,43 @@ def check_family(model: nnx.Module, family: type, weights: str) -> None:
     )
 
 
-def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a PyTorch state without parallel prefixes and batch counts."""
+def matches(state: Mapping[str, Any], pattern: str) -> bool:
+  """Whether names of the state have the pattern, whatever wraps the network."""
+  return bool(_prefixes(state, pattern))
+
+
+def plain_names(state: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+  """Returns a PyTorch state without what wrappers added to it.
+
+  That is a prefix, as `module.` or `_orig_mod.`, and numbers of batches or of
+  updates.
+
+  Args:
+    state: names to arrays.
+    pattern: a regular expression of how some of the network's own names begin.
+
+  Raises:
+    ValueError: if it holds several such networks, under several prefixes.
+  """
+  prefixes = _prefixes(state, pattern)
+  if len(prefixes) > 1:
+    raise ValueError(
+      'The weights are of several networks, under the prefixes'
+      f' {", ".join(map(repr, prefixes))}: keep the names of one.'
+    )
+  prefix = ''.join(prefixes)
   return {
-    name.removeprefix('module.'): array
+    name.removeprefix(prefix): array
     for name, array in state.items()
-    if not name.endswith('num_batches_tracked')
+    if name.rpartition('.')[2] not in _COUNTERS
   }
+
+
+def _prefixes(state, pattern) -> list[str]:
+  """What comes before the pattern in those names that have it."""
+  wrapped = re.compile(rf'((?:\w+\.)*?){pattern}')
+  found = (wrapped.match(name) for name in state)
+  return sorted({match[1] for match in found if match})
 
 
 def only(arrays: list[np.ndarray]) -> np.ndarray:
@@ -233,6 +269,18 @@ def _check_names(state, sources):
     raise ValueError(
       'These weights do not fit the model (are its depths and widths those of'
       ' the checkpoint?):\n  ' + '\n  '.join(problems)
+    )
+
+
+def _check_finite(state, sources):
+  names = {name for source in sources.values() for name in source.names}
+  counts = {n: int((~np.isfinite(_to_numpy(state[n]))).sum()) for n in names}
+  broken = [f'{n}: {count}' for n, count in sorted(counts.items()) if count]
+  if broken:
+    raise ValueError(
+      'These weights have numbers that are infinite or NaN, as of a training'
+      ' that diverged; take an earlier checkpoint of it:\n  '
+      + '\n  '.join(broken)
     )
 
 

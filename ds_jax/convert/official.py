@@ -12,6 +12,8 @@ from flax import nnx
 from ds_jax import models
 from ds_jax.convert import loading
 
+# How the names begin that only this format has.
+PATTERN = r'blocks\.\d+\.first_block\.'
 _SLIMMING_HEAD = 'gate.gate.0'
 _SLIMMING = f'{_SLIMMING_HEAD}.weight'
 _OUTSIDE = {'stem': 'conv_stem', 'stem_norm': 'bn1', 'classifier': 'classifier'}
@@ -31,7 +33,7 @@ def from_official(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
 
   Args:
     state: PyTorch names to arrays (NumPy or torch), as in the release; a
-      `module.` prefix and `num_batches_tracked` are ignored.
+      wrapper's prefix and `num_batches_tracked` are ignored.
     model: a `MobileNet` of the same widths, for example
       `create_model('ds_mobilenet', **model_options(state))`; it is not changed.
       With another number of classes it keeps its classifier, and with another
@@ -50,7 +52,7 @@ def from_official(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
       "The authors' gate is a head on the attention's reduction: make the"
       " model with gate_head='shared'."
     )
-  state = loading.plain_names(state)
+  state = loading.plain_names(state, PATTERN)
   head = _head_of_other_buckets(state, model)
   return loading.load(
     {name: array for name, array in state.items() if name != head},
@@ -90,7 +92,7 @@ def model_options(state: Mapping[str, Any]) -> dict[str, Any]:
   Args:
     state: as of `from_official`.
   """
-  state = loading.plain_names(state)
+  state = loading.plain_names(state, PATTERN)
   heads = [w.shape[0] for name, w in state.items() if name.endswith(_SLIMMING)]
   rows = [re.search(r'\.bn2\.aux_bn\.(\d+)\.', name) for name in state]
   num_slices = 1 + max((int(match[1]) for match in rows if match), default=0)

@@ -9,6 +9,8 @@ from flax import nnx
 from ds_jax import models
 from ds_jax.convert import loading
 
+# How the names begin that only this format has.
+PATTERN = r'layer\d+\.\d+\.conv'
 _OUTSIDE = {'stem': 'conv1', 'stem_norm': 'bn1', 'classifier': 'fc'}
 _LAYERS = {
   'reduce': 'conv1',
@@ -33,7 +35,7 @@ def from_torchvision_resnet50(
   gate.
 
   Args:
-    state: PyTorch names to arrays (NumPy or torch); a `module.` prefix and
+    state: PyTorch names to arrays (NumPy or torch); a wrapper's prefix and
       `num_batches_tracked` are ignored.
     model: a `ResNet` of the same depths and widths, for example
       `create_model('ds_resnet50')`; it is not changed. With another number of
@@ -47,7 +49,7 @@ def from_torchvision_resnet50(
   """
   loading.check_family(model, models.ResNet, "torchvision's ResNet weights")
   return loading.load(
-    loading.plain_names(state), model, _source_of, 'fc.weight'
+    loading.plain_names(state, PATTERN), model, _source_of, 'fc.weight'
   )
 
 

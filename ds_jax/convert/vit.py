@@ -15,6 +15,12 @@ from flax import nnx
 from ds_jax import models
 from ds_jax.convert import loading
 
+# How the names begin that only these formats have.
+TIMM_PATTERN = r'blocks\.\d+\.attn\.'
+HUGGING_FACE_PATTERN = (
+  r'(?:(?:vit|deit)\.)?'
+  r'(?:encoder\.layer\.\d+\.attention\.attention|layers\.\d+\.attention)\.'
+)
 _DISTILLED = ('dist_token', 'embeddings.distillation_token')
 
 
@@ -74,14 +80,34 @@ _HUGGING_FACE = _Names(
     'reduce': ('output.dense',),
   },
 )
+# As `transformers` names them in memory since its release 5; its files keep the
+# names above.
+_TRANSFORMERS = _Names(
+  outside=_HUGGING_FACE.outside,
+  block='layers.{}.',
+  inside={
+    'attention_norm': ('layernorm_before',),
+    'query_key_value': (
+      'attention.q_proj',
+      'attention.k_proj',
+      'attention.v_proj',
+    ),
+    'project': ('attention.o_proj',),
+    'mlp_norm': ('layernorm_after',),
+    'expand': ('mlp.fc1',),
+    'reduce': ('mlp.fc2',),
+  },
+)
 
 
 def from_timm_vit(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
   """Loads a pre-norm ViT's weights; the widest network is that network.
 
-  The names are timm's, which DeiT shares, or Hugging Face's. Blocks fill the
-  model's stages in order. A position embedding for another image size is
-  resized, bicubically. The gate stays the model's own.
+  The names are timm's, which DeiT shares, or Hugging Face's, of files or of
+  models in memory. Blocks fill the model's stages in order. A position
+  embedding for another image size is resized, bicubically. Queries, keys and
+  values without biases get zeros, which is the same. The gate stays the model's
+  own.
 
   The numbers are the source's where it adds 1e-6 to a layer norm's variance, as
   timm and DeiT do. Hugging Face adds 1e-12: there a token of variance v comes
@@ -89,8 +115,8 @@ def from_timm_vit(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
   of more than 10.
 
   Args:
-    state: PyTorch names to arrays (NumPy or torch), with or without `module.`
-      and `vit.` before them. Hugging Face's pooler is ignored.
+    state: PyTorch names to arrays (NumPy or torch), with or without a wrapper's
+      prefix and `vit.` before them. Hugging Face's pooler is ignored.
     model: a `VisionTransformer` of the same embedding, hidden units, number of
       blocks, patches and pooling, for example `create_model('ds_vit_s16')`; it
       is not changed. Its heads must be as wide as the source's, which can't be
@@ -107,7 +133,7 @@ def from_timm_vit(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
   loading.check_family(model, models.VisionTransformer, 'ViT weights')
   state = _plain_names(state)
   _check_supported(state)
-  names = _HUGGING_FACE if _is_hugging_face(state) else _TIMM
+  names = _names_of(state)
   return loading.load(
     state,
     model,
@@ -118,9 +144,12 @@ def from_timm_vit(state: Mapping[str, Any], model: nnx.Module) -> nnx.Module:
 
 def _plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the state without the prefix of the whole ViT and the pooler."""
+  plain = loading.plain_names(
+    state, f'(?:{TIMM_PATTERN}|{HUGGING_FACE_PATTERN})'
+  )
   return {
     re.sub(r'^(vit|deit)\.', '', name): array
-    for name, array in loading.plain_names(state).items()
+    for name, array in plain.items()
     if '.pooler.' not in f'.{name}'
   }
 
@@ -134,8 +163,11 @@ def embedding_width(state: Mapping[str, Any]) -> int | None:
   return None
 
 
-def _is_hugging_face(state) -> bool:
-  return any(name.startswith('encoder.layer.') for name in state)
+def _names_of(state) -> _Names:
+  for names in (_HUGGING_FACE, _TRANSFORMERS):
+    if any(name.startswith(names.block.partition('{')[0]) for name in state):
+      return names
+  return _TIMM
 
 
 def _check_supported(state):
@@ -162,6 +194,8 @@ def _source_of(names, state, model, path, shape) -> loading.Source | None:
     number = _block_number(model, int(match[1]), int(match[2]))
     theirs = [names.block.format(number) + n for n in names.inside[match[3]]]
     if match[3] == 'query_key_value':
+      if leaf == 'bias' and not _has_attention_biases(names, state):
+        return loading.Source((), (), lambda _: np.zeros(shape, np.float32))
       return _attention_source(theirs, leaf, shape, model.head_dim)
     return loading.torch_source(theirs[0], leaf, shape)
   name = names.outside[module or path]
@@ -176,6 +210,11 @@ def _source_of(names, state, model, path, shape) -> loading.Source | None:
   if path == 'patches/kernel':
     return _patches_source(name, shape, model.patch_size)
   return loading.torch_source(name, leaf, shape)
+
+
+def _has_attention_biases(names, state) -> bool:
+  endings = tuple(f'{n}.bias' for n in names.inside['query_key_value'])
+  return any(name.endswith(endings) for name in state)
 
 
 def _block_number(model, stage, block) -> int:

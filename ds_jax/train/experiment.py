@@ -58,6 +58,8 @@ class InitConfig:
     checkpoint: None for fresh weights; the workdir of a run or a conversion,
       to finetune that network; or a file of a plain network's weights (see
       `ds_jax.convert`). Another number of classes gets a fresh classifier.
+    state: which of the states in a file of PyTorch; None means the moving
+      average where there is one.
     sort_channels: `norm_scale` or `l1` puts a plain network's channels in the
       order of their importance, so that slices keep the best ones; None leaves
       them. See `convert.sort_channels`.
@@ -67,6 +69,7 @@ class InitConfig:
   """
 
   checkpoint: str | None = None
+  state: str | None = None
   sort_channels: str | None = None
 
   def __post_init__(self):
@@ -242,9 +245,9 @@ class Experiment:
       if checkpoint.is_workdir(source):
         model, sliced = self._finetuned(source, model)
       else:
-        state = convert.read(source)
-        sliced = convert.recognise(state).has_gate
-        model = convert.from_any(state, model)
+        state = convert.read(source, self.init.state)
+        sliced = convert.recognise(state).is_sliced
+        model = convert.from_state(state, model)
       if self.init.sort_channels and sliced:
         raise ValueError(
           'its slices are trained as they are; leave out'

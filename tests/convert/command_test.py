@@ -100,14 +100,26 @@ def test_a_vit_of_another_size_and_other_classes(tmp_path):
   assert predictor(IMAGES, subnet=1).logits.shape == (2, 3)
 
 
-def test_the_release_s_gate_is_trained(tmp_path):
+@pytest.mark.parametrize('gate', ['trained', 'untrained'])
+def test_a_gate_is_trained_where_it_is_said_to_be(tmp_path, gate):
   state = release_state()
-  predictor = convert(tmp_path, state, '--model=ds_mobilenet')
+  # Untrained unless it is said to be, as in the authors' release.
+  options = [f'--gate={gate}'] * (gate == 'trained')
+  predictor = convert(tmp_path, state, '--model=ds_mobilenet', *options)
+  if gate == 'untrained':
+    with pytest.raises(ValueError, match='not trained.*--gate=trained'):
+      predictor(IMAGES)
   np.testing.assert_array_equal(
     predictor.model.classifier.kernel[...], state['classifier.weight'].T
   )
   restored = checkpoint.restore(checkpoint.directory_of(tmp_path / 'run'))
   assert restored.meta['stage'] == 'converted'
+
+
+def test_a_network_without_a_gate_has_none_that_is_trained(tmp_path):
+  options = ('--model=ds_vit_cifar', '--gate=trained')
+  with pytest.raises(SystemExit, match="timm's ViT, which has no gate"):
+    convert(tmp_path, cifar_vit_state(), *options)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Tests of reading files of weights."""
 
 import argparse
+import fractions
 import importlib.util
+import pathlib
 import sys
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from ds_jax import convert
+from ds_jax.convert import files
 
 STATE = {
   'a.weight': np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -33,11 +36,107 @@ def test_safetensors(tmp_path):
   assert_same(convert.read(str(path)))
 
 
-def test_torch(tmp_path):
+OTHER = {name: array + 1 for name, array in STATE.items()}
+OPTIMIZER = {'state': {0: {'momentum': np.ones(3)}}, 'param_groups': [{}]}
+
+
+@pytest.mark.parametrize(
+  'content, taken',
+  [
+    # timm, DeiT, torchvision's references, torch.optim.swa_utils, Lightning.
+    ({'state_dict': OTHER, 'state_dict_ema': STATE}, 'state_dict_ema'),
+    ({'model': OTHER, 'model_ema': STATE, 'epoch': 3}, 'model_ema'),
+    ({'model': OTHER, 'model_ema': {'module': STATE}}, 'model_ema.module'),
+    ({'model': OTHER, 'ema_state_dict': STATE}, 'ema_state_dict'),
+    ({'model': OTHER, 'ema': {'decay': 0.9, 'shadow': STATE}}, 'ema.shadow'),
+    ({'model': OTHER, 'averaged_model': STATE}, 'averaged_model'),
+    ({'model': STATE, 'optimizer': OPTIMIZER}, 'model'),
+    ({'state_dict': STATE, 'criterion': OTHER}, 'state_dict'),
+    ({'weights_of_mine': STATE, 'epoch': 3}, 'weights_of_mine'),
+  ],
+)
+def test_the_average_is_taken_and_said(content, taken, caplog):
+  caplog.set_level('INFO', logger='absl')
+  assert_same(files.choose_state(content, 'x.pth'))
+  assert f'Took {taken}' in caplog.text
+  average = taken.startswith(('state_dict_ema', 'model_ema', 'ema', 'averaged'))
+  assert ('a moving average' in caplog.text) == average
+  for name in ('model', 'state_dict', 'criterion'):
+    if name in content:
+      assert name in caplog.text
+  assert 'optimizer' not in caplog.text
+
+
+def test_a_state_is_chosen_by_its_key():
+  content = {'model': STATE, 'model_ema': OTHER}
+  assert_same(files.choose_state(content, 'x.pth', 'model'))
+  with pytest.raises(ValueError, match="model, model_ema. .*no 'ema'"):
+    files.choose_state(content, 'x.pth', 'ema')
+
+
+@pytest.mark.parametrize(
+  'content', [{'ema': STATE, 'swa': OTHER}, {'a': STATE, 'b': OTHER}]
+)
+def test_states_of_which_none_is_preferred_are_named(content):
+  first, second = content
+  with pytest.raises(ValueError, match=f'{first}, {second}. Choose .*--state'):
+    files.choose_state(content, 'x.pth')
+
+
+@pytest.mark.parametrize('content', [[STATE], {'epoch': 3}, {}, OPTIMIZER])
+def test_a_file_without_a_state_is_a_plain_error(content):
+  with pytest.raises(ValueError, match='x.pth holds no state'):
+    files.choose_state(content, 'x.pth')
+
+
+def torch_state():
   torch = pytest.importorskip('torch')
-  tensors = {name: torch.from_numpy(array) for name, array in STATE.items()}
-  torch.save({'model': tensors, 'args': argparse.Namespace()}, tmp_path / 'x')
+  return torch, {name: torch.from_numpy(array) for name, array in STATE.items()}
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_torch_with_harmless_things_beside_the_arrays(tmp_path, zipped):
+  torch, tensors = torch_state()
+  content = {
+    'state_dict': {name: 0 * tensor for name, tensor in tensors.items()},
+    'state_dict_ema': tensors,
+    'args': argparse.Namespace(
+      lr=np.float32(0.1), best=np.float64(3), output=tmp_path, epochs=[1]
+    ),
+    'metric': np.float64(70.1),
+    'stats': np.ones(2),
+    'windows': pathlib.PureWindowsPath('C:/runs'),
+    'optimizer': OPTIMIZER['param_groups'],
+  }
+  torch.save(content, tmp_path / 'x', _use_new_zipfile_serialization=zipped)
   assert_same(convert.read(tmp_path / 'x'))
+
+
+def test_numpy_1_s_names_are_known(tmp_path):
+  torch, tensors = torch_state()
+  torch.save(
+    {'model': tensors, 'metric': np.float64(3)},
+    tmp_path / 'x',
+    _use_new_zipfile_serialization=False,
+  )
+  data = (tmp_path / 'x').read_bytes()
+  renamed = data.replace(b'numpy._core', b'numpy.core')
+  assert renamed != data
+  (tmp_path / 'x').write_bytes(renamed)
+  assert_same(convert.read(tmp_path / 'x'))
+
+
+def test_another_kind_is_refused_by_name(tmp_path):
+  torch, tensors = torch_state()
+  content = {'model': tensors, 'args': fractions.Fraction(1, 3)}
+  torch.save(content, tmp_path / 'x')
+  with pytest.raises(ValueError) as raised:
+    convert.read(tmp_path / 'x')
+  message = str(raised.value)
+  assert 'of the kind fractions.Fraction, and only arrays' in message
+  assert 'weights_only' not in message and '\x1b' not in message
+  # Nor is PyTorch's advice, to read unsafely, in the traceback.
+  assert raised.value.__cause__ is raised.value.__context__ is None
 
 
 @pytest.mark.parametrize('name', ['x.npz', 'x.safetensors'])

@@ -17,7 +17,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'a.b_2.'])
 @pytest.mark.parametrize('name', STATES)
 def test_the_model_is_told_by_the_names(name, prefix):
   state = {prefix + key: array for key, array in STATES[name].items()}
@@ -34,6 +34,7 @@ def test_classes_are_counted():
   for state in (
     plain.resnet_state(num_classes=7),
     plain.vit_state(num_classes=7),
+    plain.transformers_5(plain.vit_state(num_classes=7)),
     plain.hugging_face(plain.vit_state(num_classes=7)),
   ):
     assert formats.recognise(state).num_classes(state) == 7
@@ -46,7 +47,7 @@ def test_unknown_names_are_shown():
   state = {f'features.{i}.weight': np.zeros(1) for i in range(9)}
   model = models.create_abstract_model('ds_mobilenet_tiny')
   with pytest.raises(ValueError) as raised:
-    convert.from_any(state, model)
+    convert.from_state(state, model)
   assert str(raised.value) == (
     'Unknown weights, with names like these: features.0.weight,'
     " features.1.weight, features.2.weight. Expected those of the authors'"
@@ -54,11 +55,47 @@ def test_unknown_names_are_shown():
   )
 
 
-@pytest.mark.parametrize('rename', [dict, plain.hugging_face])
+def test_several_networks_in_a_state_are_named():
+  state = {
+    f'{prefix}.backbone.{name}': array
+    for prefix in ('teacher', 'student')
+    for name, array in plain.resnet_state().items()
+  }
+  model = models.create_abstract_model('ds_resnet26_cifar')
+  with pytest.raises(
+    ValueError, match="prefixes 'student.backbone.', 'teacher.backbone.'"
+  ):
+    convert.from_state(state, model)
+
+
+def test_an_averaged_model_s_counter_is_passed_over():
+  model = plain.random_model('ds_vit_s16', 5, **plain.VIT)
+  state = {f'module.{n}': a for n, a in plain.vit_state().items()}
+  state['n_averaged'] = np.int64(3)
+  found = convert.from_state(state, model)
+  np.testing.assert_array_equal(
+    found.classifier.kernel[...], state['module.head.weight'].T
+  )
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name():
+  model = plain.random_model('ds_vit_s16', 5, **plain.VIT)
+  state = {name: array.copy() for name, array in plain.vit_state().items()}
+  state['head.weight'][0, :2] = np.nan, np.inf
+  state['norm.bias'][0] = -np.inf
+  with pytest.raises(ValueError, match='infinite or NaN') as raised:
+    convert.from_state(state, model)
+  problems = str(raised.value).split('\n  ')[1:]
+  assert problems == ['head.weight: 2', 'norm.bias: 1']
+
+
+@pytest.mark.parametrize(
+  'rename', [dict, plain.hugging_face, plain.transformers_5]
+)
 def test_any_vit_is_loaded(rename):
   model = plain.random_model('ds_vit_s16', 5, **plain.VIT)
   state = plain.vit_state()
-  found = convert.from_any(rename(state), model)
+  found = convert.from_state(rename(state), model)
   np.testing.assert_array_equal(
     found.classifier.kernel[...], state['head.weight'].T
   )

@@ -139,6 +139,28 @@ def hugging_face(state):
   return renamed
 
 
+_TRANSFORMERS_5 = (
+  # As listed by the state_dict of its ViTForImageClassification, release 5.24.
+  ('encoder.layer.', 'layers.'),
+  ('attention.attention.query', 'attention.q_proj'),
+  ('attention.attention.key', 'attention.k_proj'),
+  ('attention.attention.value', 'attention.v_proj'),
+  ('attention.output.dense', 'attention.o_proj'),
+  ('intermediate.dense', 'mlp.fc1'),
+  ('output.dense', 'mlp.fc2'),
+)
+
+
+def transformers_5(state):
+  """A ViT's state by the names of `transformers` 5 in memory."""
+  renamed = {}
+  for name, array in hugging_face(state).items():
+    for old, new in _TRANSFORMERS_5:
+      name = name.replace(old, new)
+    renamed[name] = array
+  return renamed
+
+
 def resnet_logits(state, images, stem_stride=2, pool=True):
   """Logits (N, classes) of images (N, H, W, 3): v1.5, in eval mode."""
   x = _conv(images, state, 'conv1', stem_stride)

@@ -57,11 +57,13 @@ class FromTimmTest(parameterized.TestCase):
     expected = plain.vit_logits(self.state, self.images, epsilon=1e-12)
     self.assert_equal_logits(model, expected)
 
-  @parameterized.parameters('', 'module.')
-  def test_names_of_hugging_face(self, prefix):
+  @parameterized.product(
+    rename=[plain.hugging_face, plain.transformers_5],
+    prefix=['', 'module.', '_orig_mod.module.', 'backbone.net.'],
+  )
+  def test_names_of_hugging_face(self, rename, prefix):
     state = {
-      f'{prefix}{name}': array
-      for name, array in plain.hugging_face(self.state).items()
+      f'{prefix}{name}': array for name, array in rename(self.state).items()
     }
     self.assert_equal_params(
       convert.from_timm_vit(state, self.model),
@@ -83,6 +85,19 @@ class FromTimmTest(parameterized.TestCase):
     for path, array in params_of(model).items():
       expected = fresh if path.startswith('classifier') else full
       np.testing.assert_array_equal(array, expected[path], path)
+
+  @parameterized.parameters(dict, plain.hugging_face, plain.transformers_5)
+  def test_queries_keys_and_values_without_biases(self, rename):
+    biases = [name for name in self.state if name.endswith('qkv.bias')]
+    zeros = {name: np.zeros_like(self.state[name]) for name in biases}
+    expected = plain.vit_logits({**self.state, **zeros}, self.images)
+    state = rename(self.state)
+    endings = ('qkv.bias', 'query.bias', 'key.bias', 'value.bias')
+    endings += tuple(f'{x}_proj.bias' for x in 'qkv')
+    state = {n: x for n, x in state.items() if not n.endswith(endings)}
+    assert len(rename(self.state)) - len(state) in (3, 9)
+    model = convert.from_timm_vit(state, self.model)
+    self.assert_equal_logits(model, expected)
 
   def test_gate_stays_the_model_s(self):
     model = convert.from_timm_vit(self.state, self.model)
