@@ -161,6 +161,56 @@ class SlicedBatchNormTest(parameterized.TestCase):
     norm(make_input(1, WIDTH), 0, 1.0)
     np.testing.assert_array_equal(norm.variance[0], np.zeros(WIDTH))
 
+  @parameterized.parameters(
+    ((64, WIDTH),), ((4, 9, WIDTH),), ((2, 8, 6, WIDTH),)
+  )
+  def test_large_means_lose_no_variance(self, shape):
+    norm = make_norm()
+    noise = np.random.default_rng(3).normal(0.0, 0.1, shape)
+    x = (1000 + noise).astype(np.float32)
+    axes = tuple(range(len(shape) - 1))
+    values = x.astype(np.float64)
+    mean, variance = values.mean(axes), values.var(axes)
+    arrays = arrays_of(norm)
+    found = norm(x, 0, 1.0)
+    np.testing.assert_allclose(norm.mean[0], mean, rtol=1e-7)
+    unbiased = values.var(axes, ddof=1)
+    np.testing.assert_allclose(norm.variance[0], unbiased, rtol=1e-5)
+    # Numbers of ten thousand are subtracted; a float32 there is rounded to
+    # 1 / 1,024.
+    expected = normalize(x, mean, variance, arrays)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-3)
+
+  def test_a_middle_that_is_unlike_the_rest_costs_no_variance(self):
+    x = (1000 + make_input(8, 5, 5, WIDTH) / 20).astype(np.float32)
+    x[:, 2, 2] = 0.0
+    norm = make_norm()
+    norm(x, 0, 1.0)
+    expected = x.astype(np.float64).var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(norm.variance[0], expected, rtol=1e-4)
+
+  def test_gradient_at_a_large_mean_is_that_of_the_formula(self):
+    graph, params, stats = nnx.split(make_norm(), nnx.Param, nnx.BatchStat)
+    noise = np.random.default_rng(3).normal(0.0, 0.1, (4, 3, 2, WIDTH))
+    x = (1000 + noise).astype(np.float32)
+    dy = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
+
+    def loss(x):
+      norm = nnx.merge(graph, params, stats, copy=True)
+      return (norm(x, 1, 0.1) * dy).sum()
+
+    # As of the layer norm, over the other axes.
+    values = x.astype(np.float64)
+    deviation = np.sqrt(values.var((0, 1, 2)) + EPSILON)
+    unit = (values - values.mean((0, 1, 2))) / deviation
+    g = dy * np.asarray(params['scale'][...], np.float64)
+    mean, product = (v.mean((0, 1, 2)) for v in (g, g * unit))
+    expected = (g - mean - unit * product) / deviation
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+      jax.grad(loss)(x), expected, rtol=0, atol=2e-3 * scale
+    )
+
   def test_gradient_is_that_of_the_formula(self):
     graph, params, stats = nnx.split(make_norm(), nnx.Param, nnx.BatchStat)
     x = make_input(2, 3, 4, 3)
