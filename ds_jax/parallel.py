@@ -16,7 +16,8 @@ puts the collectives in. `pmap` is `jax.jit` of `jax.shard_map`: every device
 runs the function on its rows, batch norm sees these alone, as in the authors'
 training, and the replicas meet where the function calls `mean`. A wider mesh
 changes nothing but the speed with the one, and batch norm and dropout with the
-other.
+other. Calibration takes the moments of the global batch with either (`united`):
+how images differ from those of other devices is lost in a mean over replicas.
 """
 
 import dataclasses
@@ -105,6 +106,12 @@ class Executor:
   def replicas(self) -> 'Executor':
     """Returns an executor whose devices each run on their own, as `pmap`."""
     return Executor(ParallelConfig('pmap'), self.mesh.devices.flatten())
+
+  def united(self) -> 'Executor':
+    """Returns an executor of the global batch, as `pjit`, on the same mesh."""
+    if self._is_global:
+      return self
+    return Executor(devices=self.mesh.devices.flatten())
 
   def check_batch_size(self, batch_size: int) -> None:
     """Raises ValueError if a global batch does not divide over the devices."""

@@ -3,6 +3,7 @@
 Weights are frozen. Every row of statistics becomes the mean over
 `num_batches` training batches of the batch's own mean and (unbiased) variance,
 with the moving average's weights, which no statistics have seen in training.
+The batch is the global one, whatever executor trains.
 """
 
 import dataclasses
@@ -56,10 +57,11 @@ class Calibrate:
     # A network without batch norms has nothing to calibrate.
     has_statistics = models.variables_of(model).batch_stats
     self.num_steps = config.num_batches if has_statistics else 0
-    self.executor = executor
+    # Replicas would know nothing of how their images differ from the others'.
+    self.executor = executor.united()
     self._architecture = models.Architecture(model)
     self._normalize = normalize
-    self._calibrate = executor.compile(
+    self._calibrate = self.executor.compile(
       self._move_statistics,
       [parallel.STATE, parallel.BATCH, parallel.WHOLE],
       (parallel.STATE, parallel.WHOLE),
@@ -88,5 +90,5 @@ class Calibrate:
         model.branch(features, subnet, momentum=momentum)
       else:
         model(images, subnet, momentum=momentum)
-    batch_stats = self.executor.mean(models.variables_of(model).batch_stats)
+    batch_stats = models.variables_of(model).batch_stats
     return batch_stats, optax.tree.norm(batch_stats)

@@ -36,9 +36,11 @@ def make_batches():
   ]
 
 
-def calibrated(model, variables, batches):
+def calibrated(model, variables, batches, num_devices=1, executor='pjit'):
   """The network after a step for each batch."""
-  executor = parallel.Executor(devices=jax.devices()[:1])
+  executor = parallel.Executor(
+    parallel.ParallelConfig(executor), jax.devices()[:num_devices]
+  )
   config = calibrate.CalibrateConfig(num_batches=len(batches))
   stage = calibrate.Calibrate(config, model, normalize, executor=executor)
   assert stage.num_steps == len(batches)
@@ -91,7 +93,6 @@ class CalibrateTest(parameterized.TestCase):
       for kind, values in moments.items():
         path = f'stem_norm/{kind}'
         found = np.asarray(self.network.batch_stats[path][row])
-        # The variance is a difference of two float32 means.
         np.testing.assert_allclose(
           found[:width], values.mean(0), rtol=1e-5, atol=1e-5
         )
@@ -179,8 +180,25 @@ class GateNormTest(parameterized.TestCase):
       path = f'slim/norm/{kind}'
       expected = np.mean(values, 0)
       (found,) = np.asarray(network.batch_stats[path])
-      # The variance is a difference of two float32 means.
       np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
       # Not what was there, nor what one batch would leave.
       for other in (variables.batch_stats[path][0], values[0], values[-1]):
         assert np.abs(found - other).max() > 1e-2
+
+
+class ReplicasTest(parameterized.TestCase):
+  def test_variance_between_images_is_kept_by_replicas(self):
+    """Images of one colour vary between devices, and hardly within them."""
+    model = models.create_abstract_model('ds_mobilenet', 3, **OWN_GATE)
+    variables = random_variables(model)
+    colours = np.random.default_rng(2).integers(0, 256, (2, 16, 1, 1, 3))
+    batches = [np.tile(c.astype(np.uint8), (1, 8, 8, 1)) for c in colours]
+    one, many = (
+      calibrated(model, variables, batches, *on).batch_stats
+      for on in ((1, 'pjit'), (8, 'pmap'))
+    )
+    for path, expected in one.items():
+      scale = np.abs(np.asarray(expected)).max()
+      np.testing.assert_allclose(
+        many[path], expected, rtol=0, atol=1e-4 * scale, err_msg=path
+      )
