@@ -26,6 +26,18 @@ class HostError(Exception):
   """The processes can't run together, or no longer do."""
 
 
+# What JAX's runtime says where another process no longer answers: a connection
+# of the collectives that broke, and the coordination service's heartbeats. The
+# name of a library alone proves nothing: this process may lack memory for it.
+_LOST_PEER = re.compile(
+  r'(gloo|nccl).*(connection (closed|reset) by (remote )?peer|broken pipe'
+  r'|connection refused|timed out waiting|remote process exited)'
+  r'|heartbeat timeout|stopped sending heartbeats'
+  r'|failed to send rpc to coordination service|barrier timed out',
+  re.IGNORECASE | re.DOTALL,
+)
+
+
 def initialize(
   coordinator_address: str | None = None,
   num_processes: int | None = None,
@@ -178,19 +190,19 @@ def fetch(tree: Any) -> Any:
 def is_lost_peer(error: Exception) -> bool:
   """Whether an error comes of another process being gone."""
   # It is a JaxRuntimeError, a ValueError, or what Orbax makes of them.
-  words = ('gloo', 'nccl', 'heartbeat', 'coordination service')
-  return jax.distributed.is_initialized() and any(
-    word in str(error).lower() for word in words
+  return jax.distributed.is_initialized() and bool(
+    _LOST_PEER.search(str(error))
   )
 
 
 def explain(error: Exception) -> str:
-  """Returns the traceback of an error, or that another process is gone."""
+  """Returns the traceback, and that another process is gone where one is."""
+  text = ''.join(traceback.format_exception(error))
   if not is_lost_peer(error):
-    return ''.join(traceback.format_exception(error))
+    return text
   return (
-    f'HostError: process {jax.process_index()} of {jax.process_count()} lost'
-    f' another one: {str(error).splitlines()[0][:300]}\nLook for the first'
+    f'{text}HostError: process {jax.process_index()} of {jax.process_count()}'
+    f' lost another one: {str(error).splitlines()[0][:300]}\nLook for the first'
     ' error on the other hosts, and start the same command again on all of'
     ' them: it resumes from the last save.'
   )

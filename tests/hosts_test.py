@@ -39,22 +39,90 @@ def test_code_hash_depends_on_the_code(tmp_path):
   assert hosts._code_hash(tmp_path) != before
 
 
+_COORDINATION = "[type.googleapis.com/tensorflow.CoordinationServiceError='']"
+# Of JAX 0.10 where a process is killed; of NCCL as users report them.
+_LOST = (
+  'UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc'
+  ':547] Connection closed by peer [127.0.0.1]:60618',
+  'UNKNOWN: Gloo AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc'
+  ':538] Read error [127.0.0.1]:57581: Connection reset by peer',
+  'UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/'
+  'unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to'
+  ' complete',
+  'INTERNAL: external/xla/xla/service/gpu/nccl_utils.cc:216: NCCL operation'
+  ' async_err failed: remote process exited or there was a network error',
+  'INTERNAL: NCCL operation ncclAllReduce(...) failed: unhandled system error'
+  ' (run with NCCL_DEBUG=INFO for details). Last NCCL warning(error) log entry'
+  " (may be unrelated) 'socketProgressOpt: Call to recv from 10.0.0.2<33759>"
+  " failed : Connection reset by peer'.",
+  'INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1'
+  ' heartbeat timeout. This indicates that the remote task has failed, got'
+  ' preempted, or crashed unexpectedly. Check the task logs for an earlier'
+  f' error. {_COORDINATION}. Barrier Id: never::0, Task: 1\n\nRPC: /xla'
+  '.coordination.CoordinationService/Barrier',
+  'UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):'
+  f'\n1\nThe tasks have crashed. {_COORDINATION}',
+  'UNAVAILABLE: Failed to send RPC to coordination service. Either the leader'
+  ' task was preempted/died/restarted unexpectedly or this task is experiencing'
+  ' network issues.',
+)
+_ITS_OWN = (
+  'Connection timed out: /nfs/run',
+  # Of a bucket, or a data set over the network.
+  "[Errno 104] Connection reset by peer: 'https://storage.googleapis.com'",
+  'RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes'
+  ' for ncclAllReduce scratch space.',
+  'INTERNAL: NCCL operation ncclCommInitRank(&comm, nranks, id, rank) failed:'
+  ' unhandled cuda error (run with NCCL_DEBUG=INFO for details). Last NCCL'
+  " warning(error) log entry (may be unrelated) 'Cuda failure 2 'out of"
+  " memory''.",
+  'INTERNAL: NCCL operation ncclGroupEnd() failed: invalid usage (run with'
+  ' NCCL_DEBUG=WARN for details).',
+  'libnccl.so.2: cannot open shared object file: No such file or directory',
+  '[enforce fail at external/gloo/gloo/transport/tcp/pair.cc:459]'
+  " op.preamble.length <= op.nbytes. 16 vs 8. Received data size doesn't match"
+  ' expected size. Is there a distributed collective mismatch in your code?',
+  'INVALID_ARGUMENT: Gloo all-reduce: unsupported type F8E4M3FN',
+  f'ALREADY_EXISTS: Config key nccl/0 already exists. {_COORDINATION}',
+  'In config.parallel: heartbeat_seconds=0: expected at least 1.',
+)
+
+
+@pytest.mark.parametrize('message', _LOST)
 @pytest.mark.parametrize('error', [ValueError, OSError])
-def test_only_a_lost_peer_is_taken_for_one(error, monkeypatch):
+def test_a_lost_peer_is_told_by_what_is_said_of_it(error, message, monkeypatch):
+  assert not hosts.is_lost_peer(error(message))  # there are no others
   monkeypatch.setattr(hosts.jax.distributed, 'is_initialized', lambda: True)
-  assert hosts.is_lost_peer(error('UNKNOWN: Gloo AllGather failed: [...]'))
-  assert not hosts.is_lost_peer(error('Connection timed out: /nfs/run'))
+  assert hosts.is_lost_peer(error(message))
+
+
+@pytest.mark.parametrize('message', _ITS_OWN)
+def test_a_failure_of_its_own_is_no_lost_peer(message, monkeypatch):
+  monkeypatch.setattr(hosts.jax.distributed, 'is_initialized', lambda: True)
+  assert not hosts.is_lost_peer(RuntimeError(message))
+  assert 'lost another' not in hosts.explain(RuntimeError(message))
+
+
+@pytest.mark.parametrize('message', [*_LOST, *_ITS_OWN])
+def test_every_error_is_shown_whole(message, monkeypatch):
+  monkeypatch.setattr(hosts.jax.distributed, 'is_initialized', lambda: True)
+
+  def collective():
+    raise RuntimeError(message)
+
+  try:
+    collective()
+  except RuntimeError as error:
+    text = hosts.explain(error)
+  traceback, _, said = text.partition('HostError: ')
+  assert traceback.startswith('Traceback') and ', in collective' in traceback
+  assert message in traceback
+  if message in _LOST:
+    assert said.startswith('process 0 of 1 lost another one: ' + message[:60])
+    assert 'start the same command again on all' in said
 
 
 def test_one_process_agrees_with_itself():
   assert hosts.gather({'a': [1, 'ü']}) == [{'a': [1, 'ü']}]
   assert hosts.from_first(lambda: 3) == 3
   hosts.check_same_run({'seed': 0})
-
-
-def test_an_error_that_is_no_lost_peer_keeps_its_traceback():
-  try:
-    raise RuntimeError('Out of memory')
-  except RuntimeError as error:
-    text = hosts.explain(error)
-  assert 'Traceback' in text and 'RuntimeError: Out of memory' in text
