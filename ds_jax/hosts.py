@@ -7,11 +7,13 @@ What can differ is checked at the start, or is decided by process 0.
 
 import collections
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 import re
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +27,28 @@ from jax.experimental import multihost_utils
 class HostError(Exception):
   """The processes can't run together, or no longer do."""
 
+
+_LIBRARIES = (
+  'array_record',
+  'flax',
+  'grain',
+  'jax',
+  'jaxlib',
+  'ml_dtypes',
+  'numpy',
+  'optax',
+  'orbax-checkpoint',
+  'pillow',
+  'scikit-learn',
+  'tensorflow-datasets',
+)
+# Of the environment, which a host may have by itself.
+_JAX_OPTIONS = (
+  'jax_default_matmul_precision',
+  'jax_default_prng_impl',
+  'jax_enable_x64',
+  'jax_threefry_partitionable',
+)
 
 # What JAX's runtime says where another process no longer answers: a connection
 # of the collectives that broke, and the coordination service's heartbeats. The
@@ -100,7 +124,7 @@ def initialize(
 
 
 def check_same_run(config: Mapping[str, Any]) -> None:
-  """Compares config, code and devices of all processes.
+  """Compares config, code, libraries and devices of all processes.
 
   Args:
     config: field to value, as it is after all flags.
@@ -111,12 +135,56 @@ def check_same_run(config: Mapping[str, Any]) -> None:
   if jax.process_count() == 1:
     return
   _check_device_counts()
+  device = jax.local_devices()[0]
   facts = {
     'ds_jax': _code_hash(),
-    'jax': jax.__version__,
-    'device': jax.local_devices()[0].device_kind,
+    **versions(),
+    'device': device.device_kind,
+    'platform': device.client.platform_version,
+    **{name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS},
     **{f'config.{name}': value for name, value in config.items()},
   }
+  _compare(
+    facts,
+    'Start the same command, from the same code and with the same libraries, on'
+    ' every host.',
+  )
+
+
+def check_same_images(num_images: Mapping[str, int]) -> None:
+  """Compares how many images all processes have.
+
+  Args:
+    num_images: by part of the data set.
+
+  Raises:
+    HostError: on every process, naming those that differ from process 0.
+  """
+  if jax.process_count() > 1:
+    _compare(
+      {f'images in the {part} part': n for part, n in num_images.items()},
+      'Give every host a whole copy of the same data set.',
+    )
+
+
+def versions() -> dict[str, str | None]:
+  """Returns the versions of what decides a draw, a pixel or a result.
+
+  JAX draws weights, dropout and noise, Grain the order of images, and NumPy's
+  Generator, whose stream is not promised from version to version, what
+  augmentation does to them.
+  """
+  found = {'python': f'{sys.version_info.major}.{sys.version_info.minor}'}
+  for name in _LIBRARIES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = None
+  return found
+
+
+def _compare(facts: Mapping[str, Any], advice: str) -> None:
+  """Raises HostError on every process where one has other facts."""
   everyone = gather({'host': socket.gethostname(), 'facts': facts})
   first = everyone[0]
   complaints = [
@@ -126,10 +194,7 @@ def check_same_run(config: Mapping[str, Any]) -> None:
     if (differences := _differences(other['facts'], first['facts']))
   ]
   if complaints:
-    raise HostError(
-      ' '.join(complaints) + ' Start the same command, from the same code, on'
-      ' every host.'
-    )
+    raise HostError(' '.join([*complaints, advice]))
 
 
 def gather(value: Any) -> list[Any]:

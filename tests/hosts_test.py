@@ -1,6 +1,9 @@
 """What hosts check and agree on; `processes_test.py` has two of them."""
 
+import configparser
+import json
 import pathlib
+import re
 
 import pytest
 
@@ -126,3 +129,76 @@ def test_one_process_agrees_with_itself():
   assert hosts.gather({'a': [1, 'ü']}) == [{'a': [1, 'ü']}]
   assert hosts.from_first(lambda: 3) == 3
   hosts.check_same_run({'seed': 0})
+
+
+# What reads and writes, but neither draws nor computes.
+_DECIDE_NOTHING = {
+  'absl-py',
+  'clu',
+  'etils',
+  'importlib_resources',
+  'ml_collections',
+}
+
+
+def test_every_library_that_is_required_is_compared():
+  setup = configparser.ConfigParser()
+  setup.read(pathlib.Path(hosts.__file__).parents[1] / 'setup.cfg')
+  required = {
+    re.match(r'[\w-]+', line)[0]
+    for line in setup['options']['install_requires'].splitlines()
+    if line and not line.startswith('#')
+  }
+  assert {'numpy', 'grain', 'flax', 'optax', 'orbax-checkpoint'} < required
+  versions = hosts.versions()
+  assert required - _DECIDE_NOTHING <= versions.keys()
+  assert all(versions.values())
+
+
+def _another_host_with(monkeypatch, name, value):
+  """Process 1 has the same facts but for one, which process 0 has, too."""
+  monkeypatch.setattr(hosts.jax, 'process_count', lambda: 2)
+
+  def gather(fact):
+    one, other = (json.loads(json.dumps(fact)) for _ in range(2))
+    assert name in other['facts']
+    other['facts'][name] = value
+    return [one, {**other, 'host': 'b'}]
+
+  monkeypatch.setattr(hosts, 'gather', gather)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('numpy', 'grain', 'flax', 'optax', 'orbax-checkpoint', 'ml_dtypes'),
+    *('pillow', 'scikit-learn', 'jaxlib', 'python', 'platform'),
+    *('jax_default_prng_impl', 'jax_threefry_partitionable'),
+    *('jax_enable_x64', 'jax_default_matmul_precision'),
+  ],
+)
+def test_what_decides_a_draw_or_a_result_is_compared(name, monkeypatch):
+  _another_host_with(monkeypatch, name, '0.0.1')
+  with pytest.raises(
+    hosts.HostError,
+    match=f"Process 1 on b differs .*: {name} is '0.0.1', and .* there.* with"
+    ' the same libraries',
+  ):
+    hosts.check_same_run({'seed': 0})
+
+
+def test_the_number_of_images_is_compared(monkeypatch):
+  _another_host_with(monkeypatch, 'images in the gate part', 9)
+  with pytest.raises(
+    hosts.HostError,
+    match='images in the gate part is 9, and 8 there. Give every host a whole',
+  ):
+    hosts.check_same_images({'train': 80, 'gate': 8})
+
+
+def test_a_host_without_a_library_says_so(monkeypatch):
+  def version(name):
+    raise hosts.importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(hosts.importlib.metadata, 'version', version)
+  assert hosts.versions()['numpy'] is None

@@ -68,10 +68,10 @@ def get_config() -> ml_collections.ConfigDict:
   return config
 
 
-def write_images(folder: pathlib.Path) -> str:
-  """Writes 80 + 40 images that a network can learn; returns the data's name."""
+def write_images(folder: pathlib.Path, num_train: int = 80) -> str:
+  """Writes images that a network can learn, 40 to test; returns their name."""
   generator = np.random.default_rng(0)
-  for prefix, count in (('train', 80), ('t10k', 40)):
+  for prefix, count in (('train', num_train), ('t10k', 40)):
     labels = generator.integers(0, 3, count).astype(np.uint8)
     images = generator.integers(0, 100, (count, 8, 8)).astype(np.uint8)
     for image, label in zip(images, labels, strict=True):

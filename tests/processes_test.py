@@ -188,3 +188,16 @@ def test_another_config_on_one_host_is_named(images, tmp_path):
     )
     assert 'config.seed is 1, and 0 there' in output
   assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_an_image_less_on_one_host_is_named(images, tmp_path):
+  other = tmp_path / 'images'
+  other.mkdir()
+  micro.write_images(other, num_train=79)
+  pair = _Pair(
+    images, tmp_path, of_second=[f'--config.dataset.name=idx:{other}']
+  )
+  for code, output in pair.finish():
+    assert code == 1, output
+    assert 'images in the train part is 59, and 60 there' in output
+  assert not (tmp_path / 'checkpoints').exists()

@@ -439,10 +439,8 @@ def _about(model, options):
     return sum(math.prod(x.shape) for x in arrays)
 
   between = model.sub_networks[1:-1]
-  draw = np.random.default_rng((0, 0)).choice(
-    len(between), _num_random(model), replace=False
-  )
-  students = [model.widest, *(between[i] for i in draw), model.narrowest]
+  draw = supernet.draw(between, _num_random(model), seed=0, step=0)
+  students = [model.widest, *draw, model.narrowest]
   madds = [model.cost(s, options.image_size).madds for s in students]
   device = jax.devices()[0]
   return {

@@ -6,6 +6,7 @@ from ds_jax.data.pipeline import (
   eval_batches,
   load_part,
   num_eval_batches,
+  num_images,
   train_batches,
 )
 from ds_jax.data.sources import (
@@ -34,5 +35,6 @@ __all__ = [
   'load_source',
   'normalize',
   'num_eval_batches',
+  'num_images',
   'train_batches',
 ]

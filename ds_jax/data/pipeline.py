@@ -2,7 +2,10 @@
 
 What a training batch holds depends on (seed, step) alone: not on threads, not
 on where a run was resumed. Processes share each global batch: together they
-read the images that one process would.
+read the images that one process would. Which images are held out never changes.
+Their order is Grain's, and what augmentation draws a NumPy Generator's, which
+other versions may change: hosts compare versions, and a resumed run says which
+are new (`hosts.versions`).
 
 Axes: N images of one process's share of a batch, S side of an image.
 """
@@ -139,6 +142,21 @@ def load_part(config: DataConfig, part: str) -> sources.Source:
       f' {len(source)} images.'
     )
   return sources.Subset(source, indices)
+
+
+def num_images(config: DataConfig) -> dict[str, int]:
+  """Returns how many images there are in each part that the shares make.
+
+  Args:
+    config: what to read.
+
+  Raises:
+    DatasetNotFoundError: as `load_source`.
+    ValueError: as `load_part`.
+  """
+  held_out = {'gate': config.gate_share, 'budget': config.budget_share}
+  parts = [part for part in PARTS if held_out.get(part, 1)]
+  return {part: len(load_part(config, part)) for part in parts}
 
 
 def train_batches(

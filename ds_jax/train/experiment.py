@@ -89,7 +89,7 @@ class Experiment:
   """Everything a run depends on, beside the code.
 
   Attributes:
-    seed: of weights, order, augmentation, draws and noise.
+    seed: of weights, order, augmentation, draws and noise, below 2^32.
     model: the arguments of `create_model`.
     dataset: see `DataConfig`.
     supernet: see `SupernetConfig`.
@@ -128,7 +128,8 @@ class Experiment:
         'supernet.num_epochs=0 trains a gate for a network that is there'
         ' already, and there is none; set init.checkpoint.'
       )
-    validation.check_range('seed', self.seed, low=0)
+    # JAX keeps 32 bits of a seed, without a word.
+    validation.check_range('seed', self.seed, low=0, high=2**32 - 1)
     validation.check_range('log_every_steps', self.log_every_steps, low=1)
     validation.check_range('eval_every_epochs', self.eval_every_epochs, low=0)
 

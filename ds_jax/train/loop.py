@@ -126,6 +126,7 @@ class Run:
       self._executor.check_batch_size(self._experiment.micro_batch_size)
       self._model = self._experiment.create_model()
       self.stages = self._experiment.make_stages(self._model, self._executor)
+      hosts.check_same_images(data.num_images(self._experiment.dataset))
     except ValueError as error:
       raise experiments.ConfigError(str(error)) from error
     self._evaluator = evaluate.Evaluator(
@@ -200,6 +201,7 @@ class Run:
       self.stages[position.stage].num_steps,
       checkpoint.directory_of(self._workdir),
     )
+    _warn_of_other_versions(restored.meta.get('versions', {}))
     return position, self._executor.put(state)
 
   def train_stage(self, position: Position, state: Any) -> Any:
@@ -325,6 +327,7 @@ class Run:
         'position': dataclasses.asdict(done),
         'stage': experiments.STAGES[done.stage],
         'config': dataclasses.asdict(self._experiment),
+        'versions': hosts.versions(),
         **self._experiment.prediction_meta,
       },
       scores,
@@ -434,6 +437,23 @@ def _check_same_config(saved, given, position: Position) -> None:
       'The workdir holds a run of another config: '
       + '; '.join(differences)
       + '. Restore these values to resume it, or choose a new workdir.'
+    )
+
+
+def _warn_of_other_versions(saved) -> None:
+  """Says where the rest of a run may draw otherwise than it would have."""
+  found = hosts.versions()
+  differences = [
+    f'{name} was {version} and is {found.get(name)}'
+    for name, version in saved.items()
+    if version != found.get(name)
+  ]
+  if differences:
+    logging.warning(
+      'The checkpoint was saved with other libraries: %s. The run goes on, but'
+      ' may not end with the bits of an uninterrupted one: images may come in'
+      ' another order, or augmented otherwise.',
+      '; '.join(differences),
     )
 
 

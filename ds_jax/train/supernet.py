@@ -13,6 +13,7 @@ ours, since the paper's is not public.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -215,11 +216,7 @@ class Supernet:
 
   def draw(self, step: int) -> list[models.Subnet]:
     """Returns the step's random sub-networks, the same on every process."""
-    generator = np.random.default_rng((self.seed, step))
-    picks = generator.choice(
-      len(self._between), self.config.num_random, replace=False
-    )
-    return [self._between[i] for i in sorted(picks, reverse=True)]
+    return draw(self._between, self.config.num_random, self.seed, step)
 
   def gradient(self, variables, teacher, batch, subnets, key, gradient=None):
     """Sums the gradients of the widest, `subnets` and the narrowest.
@@ -323,3 +320,19 @@ class Supernet:
       'parameter_norm': optax.tree.norm(variables.params),
     }
     return SupernetState(variables, network, opt_state), metrics
+
+
+def draw(
+  subnets: Sequence[models.Subnet], count: int, seed: int, step: int
+) -> list[models.Subnet]:
+  """Draws sub-networks for a step, each at most once; the widest first.
+
+  Args:
+    subnets: to draw from, narrowest first.
+    count: how many.
+    seed: of the run, below 2^32.
+    step: of Stage I.
+  """
+  # RandomState's stream is frozen for good; default_rng's is not.
+  order = np.random.RandomState((seed, step)).permutation(len(subnets))
+  return [subnets[i] for i in sorted(order[:count], reverse=True)]

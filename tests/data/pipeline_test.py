@@ -182,6 +182,12 @@ class PartsTest(parameterized.TestCase):
     together = sum(parts.values(), [])
     assert sorted(together) == sorted(source_pixels('train'))
 
+  def test_images_of_each_part_are_counted(self):
+    assert data.num_images(CONFIG) == {'test': 360, 'train': 1437}
+    config = dataclasses.replace(CONFIG, gate_share=0.1, budget_share=0.2)
+    parts = {'test': 360, 'train': 1006, 'gate': 144, 'budget': 287}
+    assert data.num_images(config) == parts
+
   def test_parts_are_random_samples(self):
     source = data.load_part(self.CONFIG, 'budget')
     labels = np.bincount([source[i]['label'] for i in range(len(source))])

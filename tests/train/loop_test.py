@@ -211,6 +211,7 @@ def test_another_config_is_refused(finished, field, value, message):
     ('checkpoint.every_steps', 0, 'every_steps=0: expected at least 1'),
     ('model.dtype', 'bf16', "dtype='bf16': expected 'float32' or"),
     ('seed', -1, 'seed=-1: expected at least 0'),
+    ('seed', 2**32, 'seed=4294967296: expected .* at most 4294967295'),
     ('gate.target', 'right', "In config.gate: target='right': expected 'sandw"),
     ('gate.part', 'test', "In config.gate: part='test': expected 'train'"),
     ('gate.part', 'gate', "The gate part of 'idx:.*' is empty: gate_share is"),
@@ -243,6 +244,29 @@ def test_where_the_images_are_may_change(finished, tmp_path):
   config.dataset.name = micro.write_images(tmp_path)
   config.dataset.num_threads = 0
   assert loop.evaluate_only(config, workdir) == results
+
+
+def test_other_libraries_than_the_checkpoint_s_are_named(finished, monkeypatch):
+  config, workdir, results = finished
+  said = []
+  monkeypatch.setattr(
+    loop.logging, 'warning', lambda text, *values: said.append(text % values)
+  )
+  assert loop.evaluate_only(config, workdir) == results
+  assert not said
+  versions = {**loop.hosts.versions(), 'numpy': '9.9'}
+  monkeypatch.setattr(loop.hosts, 'versions', lambda: versions)
+  loop.evaluate_only(config, workdir)
+  (text,) = said
+  assert f'other libraries: numpy was {np.__version__} and is 9.9. ' in text
+
+
+def test_hosts_compare_how_many_images_they_have(config, tmp_path, monkeypatch):
+  config.dataset.budget_share = 0.25
+  compared = []
+  monkeypatch.setattr(loop.hosts, 'check_same_images', compared.append)
+  loop.Run(config, tmp_path).__exit__()
+  assert compared == [{'test': 40, 'train': 60, 'budget': 20}]
 
 
 def test_training_in_a_converted_workdir_is_refused(config, tmp_path):

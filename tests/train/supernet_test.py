@@ -1,6 +1,7 @@
 """Tests of Stage I against losses and updates written out by hand."""
 
 import functools
+import random
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,21 @@ class DrawTest(parameterized.TestCase):
     assert [other.draw(step) for step in reversed(range(40))] == draws[::-1]
     other.seed = SEED + 1
     assert [other.draw(step) for step in range(40)] != draws
+
+  def test_draws_are_of_a_stream_that_no_library_changes(self):
+    """Mersenne Twister's words, spelt out; so are the shuffles."""
+    stage = make_stage(create_model(num_buckets=7), num_random=2)
+    for step in range(1, 50):
+      # Python seeds by the same key, which is this number's words.
+      twister = random.Random(SEED + (step << 32))
+      order = list(range(1, 7))
+      for i in range(5, 0, -1):
+        mask = 2 ** i.bit_length() - 1
+        while (j := twister.getrandbits(32) & mask) > i:
+          pass
+        order[i], order[j] = order[j], order[i]
+      expected = sorted(order[:2], reverse=True)
+      assert [s.index for s in stage.draw(step)] == expected
 
   @parameterized.parameters(0, 1, 3, 6)
   def test_neither_narrowest_nor_widest_nor_one_twice(self, num_random):
