@@ -39,7 +39,7 @@ def table(results: evaluate.Results) -> str:
       '',
       *_router_lines(results),
       '',
-      _ensemble_line(results['ensemble']),
+      _ensemble_line(results),
     ]
   )
 
@@ -85,9 +85,11 @@ def _router_lines(results):
   return lines
 
 
-def _ensemble_line(ensemble):
+def _ensemble_line(results):
+  ensemble = results['ensemble']
   return (
-    f'Averaging the last answer with {ensemble["weight"]:.0%} of the first:'
+    f'Averaging the last answer with {ensemble["weight"]:.0%} of the first, the'
+    f' best on the {results["budgets_set_on"]}:'
     f' {100 * ensemble["gain"]:+.2f} +- {100 * ensemble["gain_error"]:.2f}'
     ' points of top-1.'
   )

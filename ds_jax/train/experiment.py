@@ -37,7 +37,9 @@ class CheckpointConfig:
   Attributes:
     every_steps: between saves; the end of a stage is always saved.
     keep_last: how many of the newest.
-    keep_best: how many of those with the best `top1`, beside the newest.
+    keep_best: how many of Stage I, beside the newest: those with the best top-1
+      on images held out of all training. None are kept where none are held out;
+      test images choose nothing.
   """
 
   every_steps: int = 1000
@@ -101,7 +103,8 @@ class Experiment:
     monitor: see `MonitorConfig`.
     log_every_steps: between rows of metrics.
     eval_every_epochs: between evaluations of narrowest and widest in Stage I,
-      each with a save; 0 evaluates at the end only.
+      each with a save, on images held out of all training (on the test images,
+      to be logged alone, where none are); 0 evaluates at the end only.
   """
 
   model: dict[str, Any]
@@ -196,6 +199,15 @@ class Experiment:
     if not self.eval_every_epochs:
       return sys.maxsize
     return max(1, round(self.eval_every_epochs * self.steps_per_epoch('train')))
+
+  @property
+  def choice_part(self) -> str | None:
+    """The part that checkpoints are chosen by, which no stage trains on."""
+    if self.dataset.budget_share:
+      return 'budget'
+    if self.dataset.gate_share and self.gate.part != 'gate':
+      return 'gate'
+    return None
 
   @property
   def micro_batch_size(self) -> int:

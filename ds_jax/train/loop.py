@@ -69,7 +69,7 @@ def train(config, workdir: str) -> evaluate.Results:
   """
   with Run(config, workdir) as run:
     if jax.process_index() == 0:
-      logging.info('\n%s', run.overview())
+      logging.info('\n%s\n%s', run.overview(), run.choice())
     position, state = run.restore() or run.start()
     run.start_clock()
     while True:
@@ -136,6 +136,7 @@ class Run:
       checkpoint.directory_of(workdir),
       keep_last=self._experiment.checkpoint.keep_last,
       keep_best=self._experiment.checkpoint.keep_best,
+      metric='held_out/top1',
     )
     self._writer = metrics_lib.MetricWriter(
       self._workdir, enabled=jax.process_index() == 0
@@ -164,6 +165,24 @@ class Run:
     """Returns the model's parameters as a table."""
     return parameter_overview.get_parameter_overview(
       models.variables_of(self._model).params
+    )
+
+  def choice(self) -> str:
+    """Returns in words which checkpoints of Stage I are kept, and by what."""
+    keep_best = self._experiment.checkpoint.keep_best
+    part = self._experiment.choice_part
+    if not keep_best:
+      return 'The newest checkpoints are kept.'
+    if part:
+      return (
+        f'The newest checkpoints are kept, and the best {keep_best} of Stage I'
+        f' by the images of the {part} part, which no stage trains on.'
+      )
+    return (
+      'The newest checkpoints are kept, and none for being the best:'
+      f' checkpoint.keep_best={keep_best} chooses by images that no stage'
+      ' trains on, never by test images, and none are held out. To choose, set'
+      ' dataset.budget_share.'
     )
 
   def start_clock(self) -> None:
@@ -312,12 +331,17 @@ class Run:
     scalars |= {**self._clock.read(), **monitor.device_memory()}
     self._writer.write(self._global_step(done), stage, scalars)
 
-  def _ends(self, done: Position, state) -> dict[str, float]:
-    """Evaluates the narrowest and the widest network."""
-    scores = self._evaluator.ends(state.network, self._eval_batches())
+  def _ends(self, done: Position, state) -> dict[str, float] | None:
+    """Evaluates the narrowest and the widest; returns what may choose."""
+    part = self._experiment.choice_part
+    top1 = self._evaluator.ends(
+      state.network, self._eval_batches(part or 'test')
+    )
+    prefix = 'held_out' if part else 'test'
+    scores = {f'{prefix}/{name}': value for name, value in top1.items()}
     stage = experiments.STAGES[done.stage]
     self._writer.write(self._global_step(done), stage, scores)
-    return scores
+    return scores if part else None
 
   def _save(self, done: Position, state, scores) -> None:
     self._checkpointer.save(
@@ -357,9 +381,10 @@ class Run:
       **processes,
     )
 
-  def _eval_batches(self):
+  def _eval_batches(self, part: str = 'test'):
     for batch in data.eval_batches(
       self._experiment.dataset,
+      part,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     ):

@@ -163,7 +163,8 @@ def test_metrics_have_a_row_for_each_step(finished):
   names = {
     n for r in command.rows(workdir) if r['stage'] == 'supernet' for n in r
   }
-  assert {'loss/widest', 'loss/0', 'loss/1', 'top1/narrowest'} <= names
+  assert {'loss/widest', 'loss/0', 'loss/1', 'test/top1/narrowest'} <= names
+  assert not any(name.startswith('held_out') for name in names)
 
 
 def test_diverging_stops_and_keeps_a_finite_checkpoint(config, tmp_path):
@@ -334,6 +335,84 @@ def test_budget_stage_sees_every_image_held_out_for_it(budgeted):
   for row, part in zip(rows, (right[:16], right[16:]), strict=True):
     assert row['right/narrowest'] == pytest.approx(part[:, 0].mean(), rel=1e-6)
     assert row['right/last'] == pytest.approx(part[:, -1].mean(), rel=1e-6)
+
+
+def test_stage_one_is_evaluated_on_images_held_out(budgeted):
+  config, workdir, _ = budgeted
+  (row,) = [r for r in command.rows(workdir) if 'held_out/top1' in r]
+  assert (row['step'], row['stage']) == (2, 'supernet')
+  assert not any(name.startswith('test/') for name in row)
+  model = models.create_model(**config.model)
+  restored = checkpoint.restore(checkpoint.directory_of(workdir), 2)
+  network = models.variables_from(restored.tree['network'])
+  model = models.Architecture(model).bind(network)
+  parsed = experiment.Experiment.from_config(config)
+  source = data.load_part(parsed.dataset, 'budget')
+  examples = [source[i] for i in range(len(source))]
+  images = np.stack([e['image'] for e in examples])
+  labels = np.array([e['label'] for e in examples])
+  for name in ('narrowest', 'widest'):
+    logits = model(parsed.normalize(images), getattr(model, name))
+    top1 = float((logits.argmax(-1) == labels).mean())
+    assert row[f'held_out/top1/{name}'] == pytest.approx(top1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('gate_share', 'budget_share', 'part', 'chosen_by'),
+  [
+    (0.0, 0.0, 'train', None),
+    (0.2, 0.25, 'gate', 'budget'),
+    (0.2, 0.0, 'train', 'gate'),
+    (0.2, 0.0, 'gate', None),  # Stage II trains on it
+  ],
+)
+def test_checkpoints_are_chosen_by_images_that_no_stage_trains_on(
+  config, tmp_path, gate_share, budget_share, part, chosen_by
+):
+  config.dataset.gate_share, config.dataset.budget_share = (
+    gate_share,
+    budget_share,
+  )
+  with config.unlocked():
+    config.gate.part = part
+  assert experiment.Experiment.from_config(config).choice_part == chosen_by
+  with loop.Run(config, tmp_path) as run:
+    expected = f'the {chosen_by} part' if chosen_by else 'none are held out'
+    assert expected in run.choice()
+
+
+def test_test_images_choose_no_checkpoint(config, tmp_path, monkeypatch):
+  """20 images held out are best at the first evaluation, 40 to test later."""
+  config.dataset.budget_share = 0.25
+  config.supernet.num_epochs = 3.0
+  config.eval_every_epochs = 1.0
+  config.checkpoint = dict(every_steps=1000, keep_last=1, keep_best=1)
+  scores = {20: [0.9, 0.5, 0.4], 40: [0.5, 0.9, 0.4]}
+
+  def ends(self, variables, batches):
+    num_images = sum(batch['mask'].sum() for batch in batches)
+    return {'top1': scores[num_images].pop(0)}
+
+  monkeypatch.setattr(loop.evaluate.Evaluator, 'ends', ends)
+  with loop.Run(config, tmp_path) as run:
+    run.train_stage(*run.start())
+  kept = {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()}
+  # Of three steps an epoch: the best, and the last.
+  assert kept == {3, 9}
+  assert [len(left) for left in scores.values()] == [0, 3]
+
+
+def test_the_log_says_once_that_nothing_may_choose(finished, monkeypatch):
+  config, workdir, _ = finished
+  said = []
+  monkeypatch.setattr(
+    loop.logging, 'info', lambda text, *values: said.append(text % values)
+  )
+  loop.train(config, workdir)
+  assert sum('checkpoint.keep_best=1 chooses by' in text for text in said) == 1
+  # All of Stage II.
+  steps = sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  assert len(steps) == 2 and steps[0] > 80
 
 
 @pytest.mark.parametrize('first_lost', [8, 7, 6])
