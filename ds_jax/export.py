@@ -86,6 +86,7 @@ def save(
     'batch_size': batch_size,
     'image_size': size,
     'crop_ratio': predictor.crop_ratio,
+    'interpolation': predictor.interpolation,
     'trunk_madds': int(costs.trunk),
     'branch_madds': costs.branches,
     'buckets': np.asarray(costs.indices),
@@ -128,6 +129,7 @@ class Exported:
       tuple(content['buckets'].tolist()),
     )
     self._crop_ratio = content['crop_ratio']
+    self._interpolation = content['interpolation']
     arrays = content['arrays']
     leaves = jax.device_put([arrays[str(i)] for i in range(len(arrays))])
     exported = jax.export.deserialize(bytearray(content['program']))
@@ -144,7 +146,9 @@ class Exported:
     Raises:
       ValueError: for images of another kind.
     """
-    images = predict.prepare_images(images, self.image_size, self._crop_ratio)
+    images = predict.prepare_images(
+      images, self.image_size, self._crop_ratio, self._interpolation
+    )
     results = []
     for i in range(0, len(images), self.batch_size):
       batch = images[i : i + self.batch_size]

@@ -44,6 +44,7 @@ class Predictor:
     model: the network, weights included.
     image_size: what images are resized to.
     crop_ratio: share of the short side kept of images of another size.
+    interpolation: how these are resized.
     router: which buckets run for an image; see `with_budget`.
     costs: multiply-adds of the trunk and of every bucket's branch.
     parts: the network, for those who route by themselves.
@@ -58,6 +59,7 @@ class Predictor:
     mean: Sequence[float],
     std: Sequence[float],
     crop_ratio: float = 1.0,
+    interpolation: str = 'bilinear',
     has_gate: bool = True,
     gate: Mapping[str, Any] | None = None,
     held_out: routing.Outcomes | None = None,
@@ -71,6 +73,7 @@ class Predictor:
       mean: of the channels, in units of pixel / 255.
       std: of the channels, in units of pixel / 255.
       crop_ratio: share of the short side kept of images of another size.
+      interpolation: `bilinear` or `bicubic`, how these are resized.
       has_gate: whether the slimming head is trained.
       gate: `target` and `target_madds` of the gate's config; None means an SGS
         gate that spends what it was trained to.
@@ -84,6 +87,7 @@ class Predictor:
     self.image_size = image_size
     self._has_gate = has_gate
     self.crop_ratio = crop_ratio
+    self.interpolation = interpolation
     self._gate = gate or {'target': 'sandwich', 'target_madds': None}
     self._held_out = held_out
     self._variables = models.variables_of(model)
@@ -131,6 +135,8 @@ class Predictor:
       mean=meta['mean'],
       std=meta['std'],
       crop_ratio=meta['crop_ratio'],
+      # Checkpoints from before it was kept.
+      interpolation=meta.get('interpolation', 'bilinear'),
       has_gate=meta['stage'] in ('gate', 'budget')
       or meta.get('has_gate', False),
       gate=meta.get('gate'),
@@ -209,8 +215,9 @@ class Predictor:
     """Classifies a batch.
 
     Args:
-      images: (N, H, W, 3) or (N, H, W, 1) uint8. Those of another size are
-        brought to `image_size` as evaluation does.
+      images: (N, H, W, 3) or (N, H, W, 1) uint8, or a list of (H, W, 3) or
+        (H, W, 1), of any sizes. Those of another size than `image_size` are
+        brought to it as evaluation does.
       subnet: the index of the sub-network to run for every image, a bucket of
         the gate or not. None leaves it to the router.
 
@@ -221,7 +228,9 @@ class Predictor:
       ValueError: for images of another kind, a `subnet` that does not exist,
         or a gate that is not trained yet.
     """
-    images = prepare_images(images, self.image_size, self.crop_ratio)
+    images = prepare_images(
+      images, self.image_size, self.crop_ratio, self.interpolation
+    )
     if subnet is not None:
       return self._run_one(images, subnet)
     self._check_gate()
@@ -321,36 +330,61 @@ class Predictor:
 
 
 def prepare_images(
-  images: np.ndarray, image_size: int, crop_ratio: float
+  images: np.ndarray | Sequence[np.ndarray],
+  image_size: int,
+  crop_ratio: float,
+  interpolation: str,
 ) -> np.ndarray:
   """Returns images as the network takes them, (N, S, S, 3) uint8.
 
   Args:
-    images: (N, H, W, 3) or (N, H, W, 1) uint8.
+    images: (N, H, W, 3) or (N, H, W, 1) uint8, or a list of such without N.
     image_size: S, that images of another size are brought to.
     crop_ratio: share of their short side that is kept.
+    interpolation: as of `data.for_evaluation`.
 
   Raises:
     ValueError: for images of another kind, or none.
   """
-  images = np.asarray(images)
-  if (
-    images.ndim != 4
-    or images.shape[-1] not in (1, 3)
-    or images.dtype != np.uint8
-    or not len(images)
-  ):
-    raise ValueError(
-      f'Images of shape {images.shape} and dtype {images.dtype}: expected'
-      ' one or more, (N, H, W, 3) or (N, H, W, 1), uint8 in 0 .. 255; add'
-      ' the batch axis to a single image with image[None].'
-    )
-  if images.shape[-1] == 1:
-    images = np.repeat(images, 3, axis=-1)
-  if images.shape[1:3] == (image_size, image_size):
+  if not isinstance(images, (list, tuple)):
+    images = np.asarray(images)
+    _check_images(images.shape, images.dtype, 4)
+  if not len(images):
+    raise ValueError('There are no images; expected one or more.')
+  expected = (len(images), image_size, image_size, 3)
+  if isinstance(images, np.ndarray) and images.shape == expected:
     return images
-  return np.stack(
-    [data.for_evaluation(i, image_size, crop_ratio) for i in images]
+  prepared = np.empty(expected, np.uint8)
+  for i, image in enumerate(images):
+    image = np.asarray(image)
+    _check_images(image.shape, image.dtype, 3)
+    if image.shape[-1] == 1:
+      image = np.repeat(image, 3, axis=-1)
+    prepared[i] = data.for_evaluation(
+      image, image_size, crop_ratio, interpolation
+    )
+  return prepared
+
+
+def _check_images(shape, dtype, num_axes) -> None:
+  """Raises ValueError unless these are images, (N,) H, W, and 1 or 3 channels.
+
+  Those of a list have no N.
+  """
+  if len(shape) == num_axes and shape[-1] in (1, 3) and dtype == np.uint8:
+    return
+  if dtype != np.uint8:
+    advice = 'give pixels as they are in a file, before any scaling'
+  elif len(shape) == num_axes - 1 and shape[-1] in (1, 3):
+    advice = 'add the batch axis to a single image with image[None]'
+  elif len(shape) == num_axes - 1:
+    advice = 'add the channel axis to grey images with images[..., None]'
+  else:
+    advice = 'channels come last'
+  batch = '(N, ' if num_axes == 4 else '('
+  raise ValueError(
+    f'Images of shape {shape} and dtype {dtype}: expected {batch}H, W, 3) or'
+    f' {batch}H, W, 1), uint8 in 0 .. 255; {advice}.'
   )
 
 

@@ -76,12 +76,12 @@ def write_images(folder: pathlib.Path, num_train: int = 80) -> str:
     images = generator.integers(0, 100, (count, 8, 8)).astype(np.uint8)
     for image, label in zip(images, labels, strict=True):
       image[:, 3 * label : 3 * label + 2] += 120
-    _write_idx(folder / f'{prefix}-images-idx3-ubyte', images)
-    _write_idx(folder / f'{prefix}-labels-idx1-ubyte', labels)
+    write_idx(folder / f'{prefix}-images-idx3-ubyte', images)
+    write_idx(folder / f'{prefix}-labels-idx1-ubyte', labels)
   return f'idx:{folder}'
 
 
-def _write_idx(path: pathlib.Path, array: np.ndarray):
+def write_idx(path: pathlib.Path, array: np.ndarray):
   header = struct.pack(f'>BBBB{array.ndim}I', 0, 0, 8, array.ndim, *array.shape)
   path.write_bytes(header + array.tobytes())
 

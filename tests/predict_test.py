@@ -82,6 +82,52 @@ class PredictorTest(parameterized.TestCase):
       self.predictor(self.images[:4], subnet=subnet)
     assert moves == ['device_put', 'device_get']
 
+  def test_a_list_of_images_of_many_sizes(self):
+    rng = np.random.default_rng(0)
+    sizes = ((8, 8, 3), (20, 9, 3), (5, 12, 1), (8, 8, 1))
+    images = [rng.integers(0, 256, size).astype(np.uint8) for size in sizes]
+    found = self.predictor(images)
+    for i, image in enumerate(images):
+      alone = self.predictor(image[None])
+      assert found.buckets[i] == alone.buckets[0]
+      np.testing.assert_allclose(
+        found.logits[i], alone.logits[0], rtol=1e-4, atol=1e-5
+      )
+
+  @parameterized.parameters(
+    (np.zeros((8, 8, 3), np.uint8), r'with image\[None\]'),
+    (np.zeros((4, 8, 8), np.uint8), r'with images\[..., None\]'),
+    (np.zeros((4, 3, 8, 8), np.uint8), 'channels come last'),
+    (np.zeros((4, 8, 8, 3), np.float32), 'before any scaling'),
+    (np.zeros((0, 8, 8, 3), np.uint8), 'no images'),
+    ([], 'no images'),
+    ([np.zeros((8, 8), np.uint8)], r'\(H, W, 3\) .* images\[..., None\]'),
+    ([np.zeros((8, 8, 3), np.int64)], 'int64: expected'),
+    (np.zeros((2, 0, 8, 3), np.uint8), 'of 0 x 8 pixels: expected at least'),
+    ([np.zeros((8, 0, 1), np.uint8)], 'of 8 x 0 pixels: expected at least'),
+  )
+  def test_other_things_are_refused_with_the_way_out(self, images, message):
+    with pytest.raises(ValueError, match=message):
+      self.predictor(images)
+
+  @parameterized.parameters('bilinear', 'bicubic')
+  def test_images_are_resized_as_it_says(self, interpolation):
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 20, 3))
+    images = images.astype(np.uint8)
+    predictor = predict.Predictor(
+      self.model,
+      image_size=8,
+      mean=(0.4,) * 3,
+      std=(0.2,) * 3,
+      interpolation=interpolation,
+    )
+    resized = np.stack(
+      [data.for_evaluation(i, 8, 1.0, interpolation) for i in images]
+    )
+    np.testing.assert_array_equal(
+      predictor(images).logits, self.predictor(resized).logits
+    )
+
   def test_one_program_for_each_batch_shape(self):
     predictor = predict.Predictor(
       self.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
@@ -178,16 +224,6 @@ class PredictorTest(parameterized.TestCase):
       self.predictor(grey).logits,
       self.predictor(np.repeat(grey, 3, -1)).logits,
     )
-
-  @parameterized.parameters(
-    (np.zeros((8, 8, 3), np.uint8),),
-    (np.zeros((1, 8, 8, 3), np.float32),),
-    (np.zeros((1, 3, 8, 8), np.uint8),),
-    (np.zeros((0, 8, 8, 3), np.uint8),),
-  )
-  def test_other_images_are_refused(self, images):
-    with pytest.raises(ValueError, match='expected one or more'):
-      self.predictor(images)
 
   @parameterized.parameters(-1, 4)
   def test_a_sub_network_that_is_none_is_refused(self, index):

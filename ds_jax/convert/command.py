@@ -59,6 +59,7 @@ def _convert(arguments):
     stage='converted' if known.is_sliced else 'pretrained',
     has_gate=arguments.gate == 'trained',
     image_size=image_size,
+    interpolation=arguments.interpolation or known.interpolation,
     mean=arguments.mean,
     std=arguments.std,
   )
@@ -72,6 +73,7 @@ def _save(
   stage: str,
   has_gate: bool,
   image_size: int,
+  interpolation: str,
   mean: Sequence[float],
   std: Sequence[float],
 ) -> None:
@@ -82,6 +84,7 @@ def _save(
     'model': dict(model_arguments),
     'image_size': image_size,
     'crop_ratio': 0.875,
+    'interpolation': interpolation,
     'mean': mean,
     'std': std,
   }
@@ -133,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     choices=importance.IMPORTANCES,
     help='order the channels by their importance, so that narrow networks keep'
     ' the best; default: as they are',
+  )
+  parser.add_argument(
+    '--interpolation',
+    choices=data.INTERPOLATIONS,
+    help="how images of another size are resized; default: as the weights'"
+    ' authors evaluate, bicubic for DS-Net and timm, else bilinear',
   )
   for option, default in zip(('mean', 'std'), _IMAGENET, strict=True):
     parser.add_argument(

@@ -24,6 +24,7 @@ class Format:
     classifier: the name of the classifier's bias.
     model: the model that the weights fit; None means that it depends on them.
     is_sliced: whether the slices are trained, and a gate may be.
+    interpolation: how its authors resize images for evaluation.
     model_options: the options of `create_model` that a state needs.
   """
 
@@ -33,6 +34,7 @@ class Format:
   classifier: str
   model: str | None = None
   is_sliced: bool = False
+  interpolation: str = 'bilinear'
   model_options: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
 
   def num_classes(self, state: Mapping[str, Any]) -> int:
@@ -74,6 +76,7 @@ FORMATS = (
     'classifier.bias',
     'ds_mobilenet',
     is_sliced=True,
+    interpolation='bicubic',
     model_options=official.model_options,
   ),
   Format(
@@ -88,6 +91,7 @@ FORMATS = (
     vit.TIMM_PATTERN,
     vit.from_timm_vit,
     'head.bias',
+    interpolation='bicubic',
   ),
   Format(
     "Hugging Face's ViT",

@@ -18,9 +18,10 @@ from ds_jax.data.sources import (
   dataset_info,
   load_source,
 )
-from ds_jax.data.transforms import for_evaluation, normalize
+from ds_jax.data.transforms import INTERPOLATIONS, for_evaluation, normalize
 
 __all__ = [
+  'INTERPOLATIONS',
   'Batch',
   'DataConfig',
   'DatasetInfo',

@@ -12,12 +12,14 @@ Axes: N images of one process's share of a batch, S side of an image.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 
+from ds_jax import validation
 from ds_jax.data import augment, sources, transforms
 
 Batch = dict[str, np.ndarray]
@@ -46,6 +48,8 @@ class DataConfig:
     crop_scale: range of the crop's share of the area, for 'resized'.
     crop_ratio: share of the short side that evaluation keeps of an image
       that has to be resized; 0.875 is usual for ImageNet.
+    interpolation: `bilinear` or `bicubic`, of training, evaluation and
+      prediction alike; antialiased.
     flip: whether training mirrors half of the images.
     randaugment_layers: operations of `rand_augment` on a training image; 0 is
       off, 2 is usual.
@@ -55,9 +59,12 @@ class DataConfig:
     gate_share: of the train split, held out from Stage I for the gate.
     budget_share: of the train split, held out from all training; thresholds
       of routers are set on it.
-    num_threads: that prepare batches; 0 reads when asked, in the caller's.
-      Decoding large images gains from one a core. Small images in memory are
-      fastest with 1: more of them only wait for Python's global lock.
+    num_threads: that prepare batches, each a part of one; 0 reads when asked,
+      in the caller's. Decoding large images gains from one a core. Small images
+      in memory are fastest with 1: more of them only wait for Python's global
+      lock.
+    read_ahead_mib: how much of batches is prepared ahead, in MiB; one batch at
+      least, and 2 * num_threads batches at most.
   """
 
   name: str
@@ -68,6 +75,7 @@ class DataConfig:
   crop_padding: int = 4
   crop_scale: tuple[float, float] = (0.08, 1.0)
   crop_ratio: float = 1.0
+  interpolation: str = 'bilinear'
   flip: bool = True
   randaugment_layers: int = 0
   randaugment_magnitude: float = 9.0
@@ -76,10 +84,14 @@ class DataConfig:
   gate_share: float = 0.0
   budget_share: float = 0.0
   num_threads: int = 2
+  read_ahead_mib: int = 512
 
   def __post_init__(self):
     if self.crop not in _CROPS:
       raise ValueError(f'Unknown crop {self.crop!r}; known: {_CROPS}.')
+    validation.check_choice(
+      'interpolation', self.interpolation, transforms.INTERPOLATIONS
+    )
     low, high = self.crop_scale
     limits = {
       'image_size': self.image_size >= 1,
@@ -94,6 +106,7 @@ class DataConfig:
       'gate_share': 0 <= self.gate_share < 1,
       'budget_share': 0 <= self.budget_share < 1 - self.gate_share,
       'num_threads': self.num_threads >= 0,
+      'read_ahead_mib': self.read_ahead_mib >= 0,
     }
     for option, fits in limits.items():
       if not fits:
@@ -116,12 +129,18 @@ def load_part(config: DataConfig, part: str) -> sources.Source:
     The images; 'train' is what the shares leave over.
 
   Raises:
-    ValueError: for another part, or shares that leave nothing.
+    ValueError: for another part, or one without images.
   """
   if part not in PARTS:
     raise ValueError(f'Unknown part {part!r}; known: {PARTS}.')
   if part == 'test':
-    return sources.load_source(config.name, 'test', config.data_dir)
+    test = sources.load_source(config.name, 'test', config.data_dir)
+    if not len(test):
+      raise ValueError(
+        f'The test split of {config.name!r} is empty: nothing can be evaluated'
+        ' on it. Put images there.'
+      )
+    return test
   source = sources.load_source(config.name, 'train', config.data_dir)
   if not config.gate_share and not config.budget_share and part == 'train':
     return source
@@ -218,17 +237,18 @@ def train_batches(
     )
   )
 
-  def load_batch(step: int) -> Batch:
+  def load_rows(step: int, rows: range) -> Batch:
     # Rows of the global batch, which is the same for any number of processes.
     start = step * config.batch_size + process_index * local_size
-    examples = [dataset[start + i] for i in range(local_size)]
+    examples = [dataset[start + i] for i in rows]
     return {
       name: np.stack([example[name] for example in examples])
       for name in examples[0]
     }
 
-  steps = grain.MapDataset.range(_MANY_STEPS)
-  return _iterate(steps.map(load_batch)[start_step:], config.num_threads)
+  return _iterate(
+    load_rows, range(start_step, _MANY_STEPS), local_size, config, num_views
+  )
 
 
 def eval_batches(
@@ -261,13 +281,13 @@ def eval_batches(
   source = load_part(config, part)
   local_size = _local_batch_size(config, process_index, process_count)
 
-  def load_batch(step: int) -> Batch:
+  def load_rows(step: int, rows: range) -> Batch:
     start = step * config.batch_size + process_index * local_size
-    indices = range(start, min(start + local_size, len(source)))
-    return _masked_batch([source[i] for i in indices], local_size, config)
+    indices = [start + i for i in rows if start + i < len(source)]
+    return _masked_batch([source[i] for i in indices], len(rows), config)
 
-  steps = grain.MapDataset.range(num_eval_batches(config, part))
-  return _iterate(steps.map(load_batch)[start_step:], config.num_threads)
+  steps = range(start_step, _num_batches(source, config))
+  return _iterate(load_rows, steps, local_size, config)
 
 
 def num_eval_batches(config: DataConfig, part: str = 'test') -> int:
@@ -280,7 +300,11 @@ def num_eval_batches(config: DataConfig, part: str = 'test') -> int:
   Returns:
     The size of the part over the global batch size, rounded up.
   """
-  return -(-len(load_part(config, part)) // config.batch_size)
+  return _num_batches(load_part(config, part), config)
+
+
+def _num_batches(source: sources.Source, config: DataConfig) -> int:
+  return -(-len(source) // config.batch_size)
 
 
 def _local_batch_size(
@@ -311,9 +335,7 @@ def _training_example(
   def view(image):
     if is_augmented:
       return _augment(config, image, rng)
-    return transforms.for_evaluation(
-      image, config.image_size, config.crop_ratio
-    )
+    return for_evaluation(config, image)
 
   views = {name: view(example['image']) for name in _VIEWS[num_views]}
   return {**views, 'labels': np.int32(example['label'])}
@@ -343,11 +365,24 @@ def _crop(
   """Brings a training image to size by the configured crop."""
   size = config.image_size
   if config.crop == 'resized':
-    return transforms.random_resized_crop(image, rng, size, config.crop_scale)
-  image = transforms.for_evaluation(image, size, config.crop_ratio)
+    return transforms.random_resized_crop(
+      image,
+      rng,
+      size,
+      config.crop_scale,
+      interpolation=config.interpolation,
+    )
+  image = for_evaluation(config, image)
   if config.crop == 'pad':
     image = transforms.random_crop(image, rng, config.crop_padding)
   return image
+
+
+def for_evaluation(config: DataConfig, image: np.ndarray) -> np.ndarray:
+  """Brings an image to the configured size; see `transforms`."""
+  return transforms.for_evaluation(
+    image, config.image_size, config.crop_ratio, config.interpolation
+  )
 
 
 def _masked_batch(
@@ -358,22 +393,63 @@ def _masked_batch(
   images = np.zeros((batch_size, size, size, 3), np.uint8)
   labels = np.zeros((batch_size,), np.int32)
   for i, example in enumerate(examples):
-    images[i] = transforms.for_evaluation(
-      example['image'], size, config.crop_ratio
-    )
+    images[i] = for_evaluation(config, example['image'])
     labels[i] = example['label']
   mask = np.arange(batch_size) < len(examples)
   return {'images': images, 'labels': labels, 'mask': mask}
 
 
-def _iterate(dataset: grain.MapDataset, num_threads: int) -> Iterator[Batch]:
-  """Reads ahead by threads, which end with the iterator."""
-  # Grain's default keeps 500 elements ahead, and an element here is a batch.
-  options = grain.ReadOptions(
-    num_threads=num_threads, prefetch_buffer_size=2 * num_threads
+def _iterate(
+  load_rows: Callable[[int, range], Batch],
+  steps: range,
+  local_size: int,
+  config: DataConfig,
+  num_views: int = 1,
+) -> Iterator[Batch]:
+  """Reads ahead by threads, which end with the iterator.
+
+  Each thread prepares some rows of a batch, so that all work on the next one.
+
+  Args:
+    load_rows: takes a step, and which rows of its batch, to these rows.
+    steps: of the batches.
+    local_size: rows of a batch.
+    config: how far to read ahead, by how many threads.
+    num_views: images of a row.
+  """
+  num_pieces = max(1, min(config.num_threads, local_size))
+  bounds = [local_size * i // num_pieces for i in range(num_pieces + 1)]
+
+  def load_piece(index: int) -> Batch:
+    step, i = divmod(index, num_pieces)
+    return load_rows(steps[step], range(bounds[i], bounds[i + 1]))
+
+  bytes_of_row = 3 * config.image_size**2 * num_views
+  bytes_of_piece = max(bytes_of_row * local_size // num_pieces, 1)
+  pieces_ahead = min(
+    (config.read_ahead_mib << 20) // bytes_of_piece,
+    2 * config.num_threads * num_pieces,
   )
-  iterator = iter(dataset.to_iter_dataset(options))
+  options = grain.ReadOptions(
+    num_threads=config.num_threads,
+    # Not Grain's default, which keeps 500 elements, here pieces of a batch.
+    prefetch_buffer_size=max(pieces_ahead, num_pieces)
+    * (config.num_threads > 0),
+  )
+  pieces = grain.MapDataset.range(len(steps) * num_pieces).map(load_piece)
+  iterator = iter(pieces.to_iter_dataset(options))
   try:
-    yield from iterator
+    for first in iterator:
+      rest = itertools.islice(iterator, num_pieces - 1)
+      yield _joined([first, *rest])
   finally:
     iterator.close()
+
+
+def _joined(pieces: list[Batch]) -> Batch:
+  if len(pieces) == 1:
+    return pieces[0]
+  return {
+    name: np.concatenate([piece[name] for piece in pieces])
+    for name in pieces[0]
+  }

@@ -48,6 +48,8 @@ class DatasetInfo:
     num_train: images in the train split.
     num_test: images in the test split.
     num_classes: labels are 0 .. num_classes - 1.
+    labels: the lowest and the highest that occur; None where the data set's own
+      description tells the classes.
     mean: of each channel, in units of pixel / 255.
     std: of each channel, in the same units.
   """
@@ -56,6 +58,7 @@ class DatasetInfo:
   num_train: int
   num_test: int
   num_classes: int
+  labels: tuple[int, int] | None
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
 
@@ -138,18 +141,25 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
 
   Raises:
     DatasetNotFoundError: as `load_source`.
-    ValueError: as `load_source`.
+    ValueError: as `load_source`, or for a split without images.
   """
   train = load_source(name, 'train', data_dir)
   test = load_source(name, 'test', data_dir)
   kind, _ = _parse_name(name, data_dir)
+  for split, source in (('train', train), ('test', test)):
+    if not len(source):
+      raise ValueError(
+        f'The {split} split of {name!r} has no images. Put some there.'
+      )
   if kind in _TFDS:
-    num_classes = _TFDS[kind].num_classes
+    labels, num_classes = None, _TFDS[kind].num_classes
   else:
-    num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    found = np.concatenate([train.labels, test.labels])
+    labels = int(found.min()), int(found.max())
+    num_classes = 1 + labels[1]
   mean, std = channel_statistics(kind)
   return DatasetInfo(
-    name, len(train), len(test), num_classes, mean=mean, std=std
+    name, len(train), len(test), num_classes, labels, mean=mean, std=std
   )
 
 

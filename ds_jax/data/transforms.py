@@ -16,47 +16,90 @@ import numpy as np
 from PIL import Image
 
 _BOX_TRIES = 10
+_FILTERS = {
+  'bilinear': Image.Resampling.BILINEAR,
+  'bicubic': Image.Resampling.BICUBIC,
+}
+INTERPOLATIONS = tuple(_FILTERS)
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Resizes bilinearly; a smaller result is antialiased.
+def resize(
+  image: np.ndarray,
+  height: int,
+  width: int,
+  interpolation: str = 'bilinear',
+  box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+  """Resizes an image, or a part of it; a smaller result is antialiased.
 
   Args:
     image: uint8 (H, W, 3).
     height: of the result.
     width: of the result.
+    interpolation: one of `INTERPOLATIONS`.
+    box: (left, top, right, bottom) of the part, in pixels of the image; None
+      means all.
 
   Returns:
     uint8 (height, width, 3).
+
+  Raises:
+    ValueError: for an image without pixels.
   """
-  resized = Image.fromarray(image).resize((width, height), Image.BILINEAR)
+  if not image.size:
+    raise ValueError(
+      f'An image of {image.shape[0]} x {image.shape[1]} pixels: expected at'
+      ' least 1 x 1.'
+    )
+  resized = Image.fromarray(image).resize(
+    (width, height), _FILTERS[interpolation], box
+  )
   return np.asarray(resized)
 
 
 def center_crop_resize(
-  image: np.ndarray, size: int, crop_ratio: float
+  image: np.ndarray,
+  size: int,
+  crop_ratio: float,
+  interpolation: str = 'bilinear',
 ) -> np.ndarray:
   """Resizes the short side to `size / crop_ratio`, then crops the centre.
+
+  What is cropped away is not computed: of a long and narrow image the whole, so
+  resized, may not fit into memory.
 
   Args:
     image: uint8 (H, W, 3).
     size: S, side of the result.
     crop_ratio: share of the short side that is kept; 0.875 is usual for
       ImageNet.
+    interpolation: one of `INTERPOLATIONS`.
 
   Returns:
     uint8 (S, S, 3).
+
+  Raises:
+    ValueError: for an image without pixels.
   """
-  height, width = image.shape[:2]
-  scale = round(size / crop_ratio) / min(height, width)
-  image = resize(image, round(height * scale), round(width * scale))
-  top = (image.shape[0] - size) // 2
-  left = (image.shape[1] - size) // 2
-  return image[top : top + size, left : left + size]
+  sides = image.shape[1::-1]  # width, height
+  if not min(sides):
+    return resize(image, size, size)
+  scale = round(size / crop_ratio) / min(sides)
+  starts, ends = [], []
+  for side in sides:
+    resized = round(side * scale)
+    start = (resized - size) // 2
+    starts.append(start * side / resized)
+    # Rounding must not take it past the image.
+    ends.append(min((start + size) * side / resized, side))
+  return resize(image, size, size, interpolation, (*starts, *ends))
 
 
 def for_evaluation(
-  image: np.ndarray, size: int, crop_ratio: float = 1.0
+  image: np.ndarray,
+  size: int,
+  crop_ratio: float = 1.0,
+  interpolation: str = 'bilinear',
 ) -> np.ndarray:
   """Brings an image to the model's size as evaluation and prediction do.
 
@@ -64,14 +107,18 @@ def for_evaluation(
     image: uint8 (H, W, 3).
     size: S, side of the result.
     crop_ratio: as in `center_crop_resize`.
+    interpolation: one of `INTERPOLATIONS`.
 
   Returns:
     uint8 (S, S, 3): the image itself if it has that size already, else
     `center_crop_resize` of it.
+
+  Raises:
+    ValueError: for an image without pixels.
   """
   if image.shape[:2] == (size, size):
     return image
-  return center_crop_resize(image, size, crop_ratio)
+  return center_crop_resize(image, size, crop_ratio, interpolation)
 
 
 def random_crop(
@@ -103,6 +150,7 @@ def random_resized_crop(
   size: int,
   scale: tuple[float, float] = (0.08, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  interpolation: str = 'bilinear',
 ) -> np.ndarray:
   """Crops a random part and resizes it: Inception's augmentation.
 
@@ -114,6 +162,7 @@ def random_resized_crop(
     size: S, side of the result.
     scale: range of the crop's share of the image's area.
     ratio: range of the crop's width / height, drawn log-uniformly.
+    interpolation: one of `INTERPOLATIONS`.
 
   Returns:
     uint8 (S, S, 3).
@@ -121,7 +170,8 @@ def random_resized_crop(
   top, left, height, width = _resized_crop_box(
     image.shape[0], image.shape[1], rng, scale, ratio
   )
-  return resize(image[top : top + height, left : left + width], size, size)
+  crop = image[top : top + height, left : left + width]
+  return resize(crop, size, size, interpolation)
 
 
 def random_box(

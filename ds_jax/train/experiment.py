@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import ml_collections
+from absl import logging
 
 from ds_jax import checkpoint, convert, data, models, validation
 from ds_jax import parallel as parallel_lib
@@ -170,13 +171,36 @@ class Experiment:
     return _read(cls, values, 'config')
 
   def check_dataset(self) -> None:
-    """Raises ConfigError if the model has another number of classes."""
+    """Raises ConfigError unless the model tells the data set's classes apart.
+
+    Where labels alone tell the classes, those of a small set may not all occur.
+    """
     info = data.dataset_info(self.dataset.name, self.dataset.data_dir)
     num_classes = self.model.get('num_classes', 1000)
-    if num_classes != info.num_classes:
+    if info.labels is None and num_classes != info.num_classes:
       raise ConfigError(
         f'config.model.num_classes={num_classes}, but {info.name} has'
         f' {info.num_classes} classes; set it to that.'
+      )
+    if num_classes < info.num_classes:
+      low, high = info.labels
+      hint = (
+        f'; or are they 1 to {num_classes}, and one too high?'
+        if (low, high) == (1, num_classes)
+        else '.'
+      )
+      raise ConfigError(
+        f'config.model.num_classes={num_classes} has the labels 0 to'
+        f' {num_classes - 1}, but {info.name} has labels {low} to {high}; set'
+        f' it to {info.num_classes}{hint}'
+      )
+    if num_classes > info.num_classes:
+      logging.warning(
+        'config.model.num_classes=%d, and the labels of %s end at %d: the last'
+        ' classes do not occur.',
+        num_classes,
+        info.name,
+        info.num_classes - 1,
       )
 
   def steps_per_epoch(self, part: str) -> int:
@@ -195,7 +219,7 @@ class Experiment:
 
   @property
   def eval_every_steps(self) -> int:
-    """Steps between evaluations in Stage I."""
+    """Steps between evaluations in Stage I; opens the train part."""
     if not self.eval_every_epochs:
       return sys.maxsize
     return max(1, round(self.eval_every_epochs * self.steps_per_epoch('train')))
@@ -232,6 +256,7 @@ class Experiment:
       'model': self.model,
       'image_size': self.dataset.image_size,
       'crop_ratio': self.dataset.crop_ratio,
+      'interpolation': self.dataset.interpolation,
       'mean': mean,
       'std': std,
       'gate': {

@@ -142,6 +142,8 @@ class Run:
       self._workdir, enabled=jax.process_index() == 0
     )
     self._termination = hosts.Termination()
+    # Read once, since it opens the train part of the data.
+    self._eval_every_steps = self._experiment.eval_every_steps
     self._clock = monitor.Clock()
     self._profile = monitor.Profile(self._experiment.monitor, self._workdir)
     self._watchdog = monitor.Watchdog(self._experiment.monitor.watchdog_seconds)
@@ -288,7 +290,7 @@ class Run:
     ends = done.step == self.stages[done.stage].num_steps
     evaluates = (
       experiments.STAGES[done.stage] == 'supernet'
-      and (ends or done.step % experiment.eval_every_steps == 0)
+      and (ends or done.step % self._eval_every_steps == 0)
       # Who asks to end may not wait for long.
       and not stops
     )
@@ -437,7 +439,11 @@ class _Progress:
 
 
 # Where the images are and how they are read, not what they are.
-_FREE_FIELDS = ('dataset.data_dir', 'dataset.num_threads')
+_FREE_FIELDS = (
+  'dataset.data_dir',
+  'dataset.num_threads',
+  'dataset.read_ahead_mib',
+)
 
 
 def _check_same_config(saved, given, position: Position) -> None:

@@ -6,6 +6,7 @@ import itertools
 import pathlib
 import struct
 import threading
+import time
 from unittest import mock
 
 import numpy as np
@@ -76,6 +77,48 @@ class TrainBatchesTest(parameterized.TestCase):
     config = dataclasses.replace(CONFIG, num_threads=num_threads)
     expected = take(data.train_batches(CONFIG, seed=3), 5)
     assert_equal_batches(expected, take(data.train_batches(config, seed=3), 5))
+
+  def test_read_ahead_is_bounded_in_bytes(self):
+    # A row of 512 x 512 pixels is 0.75 MiB, a batch 12, four of them a piece.
+    config = dataclasses.replace(
+      CONFIG, image_size=512, batch_size=16, num_threads=4, crop=None
+    )
+    for mib, most_ahead in ((24, 2 * 16), (30, 2 * 16 + 8), (1, 16)):
+      read = []
+
+      def counted(config, image, view=data.pipeline.for_evaluation, read=read):
+        read.append(1)
+        return view(config, image)
+
+      with mock.patch.object(data.pipeline, 'for_evaluation', counted):
+        batches = data.train_batches(
+          dataclasses.replace(config, read_ahead_mib=mib), seed=0
+        )
+        next(batches)
+        count = 0
+        while count < len(read):  # until nobody reads
+          count = len(read)
+          time.sleep(0.3)
+        batches.close()
+      assert len(read) <= 16 + most_ahead
+      # All threads have work, and the next batch is ready.
+      assert len(read) >= 16 + 16
+
+  def test_several_threads_prepare_a_batch(self):
+    config = dataclasses.replace(PLAIN, num_threads=4)
+    all_started = threading.Barrier(4, timeout=300)
+    view, threads = data.pipeline.for_evaluation, set()
+
+    def together(config, image):
+      if threading.get_ident() not in threads:
+        threads.add(threading.get_ident())
+        all_started.wait()
+      return view(config, image)
+
+    with mock.patch.object(data.pipeline, 'for_evaluation', together):
+      found = take(data.train_batches(config, seed=0), 1)
+    assert len(threads) == 4
+    assert_equal_batches(found, take(data.train_batches(PLAIN, seed=0), 1))
 
   @parameterized.parameters(2, 4)
   def test_processes_share_the_batches_of_one(self, count):

@@ -1,7 +1,11 @@
 """Tests of the transforms against plain computations."""
 
+import tracemalloc
+
 import numpy as np
+import pytest
 from absl.testing import parameterized
+from PIL import Image
 
 from ds_jax.data import transforms
 
@@ -115,6 +119,64 @@ class EvaluationTest(parameterized.TestCase):
     for height, width in ((375, 500), (500, 333), (257, 257), (100, 900)):
       result = transforms.for_evaluation(ramp(height, width), 224, 0.875)
       assert result.shape == (224, 224, 3)
+
+  @parameterized.product(
+    sides=[(96, 64), (375, 500), (37, 33), (20, 31), (224, 300)],
+    crop_ratio=[1.0, 0.875, 0.5],
+    interpolation=['bilinear', 'bicubic'],
+  )
+  def test_is_a_crop_of_the_whole_resized(
+    self, sides, crop_ratio, interpolation
+  ):
+    image = random_image(*sides)
+    short = round(24 / crop_ratio)
+    height, width = (round(side * short / min(sides)) for side in sides)
+    kind = getattr(Image.Resampling, interpolation.upper())
+    whole = np.asarray(Image.fromarray(image).resize((width, height), kind))
+    top, left = (height - 24) // 2, (width - 24) // 2
+    expected = whole[top : top + 24, left : left + 24].astype(int)
+    found = transforms.for_evaluation(image, 24, crop_ratio, interpolation)
+    # A resized value is rounded; its weights may differ in their last digit.
+    assert np.abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 0.05
+
+  @parameterized.parameters((1, 10_000), (10_000, 1), (3, 30_000), (1, 1))
+  def test_memory_is_that_of_source_and_result(self, height, width):
+    image = random_image(height, width)
+    tracemalloc.start()
+    result = transforms.for_evaluation(image, 224, 0.875, 'bicubic')
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result.shape == (224, 224, 3)
+    # Resized as a whole the first would have 256 x 2,560,000 pixels.
+    assert peak < 4 * (image.nbytes + result.nbytes)
+
+  @parameterized.parameters((0, 5), (5, 0), (0, 0))
+  def test_an_image_without_pixels_is_refused(self, height, width):
+    image = np.zeros((height, width, 3), np.uint8)
+    with pytest.raises(ValueError, match=f'of {height} x {width} pixels: exp'):
+      transforms.for_evaluation(image, 8)
+
+
+class InterpolationTest(parameterized.TestCase):
+  @parameterized.parameters(*transforms.INTERPOLATIONS)
+  def test_a_random_crop_has_it_too(self, interpolation):
+    image = random_image(40, 30)
+    found, box = (
+      run(np.random.default_rng(3))
+      for run in (
+        lambda rng: transforms.random_resized_crop(
+          image, rng, 16, interpolation=interpolation
+        ),
+        lambda rng: transforms.random_box(
+          40, 30, rng, (0.08, 1.0), (3 / 4, 4 / 3)
+        ),
+      )
+    )
+    top, left, height, width = box
+    crop = Image.fromarray(image[top : top + height, left : left + width])
+    kind = getattr(Image.Resampling, interpolation.upper())
+    np.testing.assert_array_equal(found, crop.resize((16, 16), kind))
 
 
 class NormalizeTest(parameterized.TestCase):

@@ -199,7 +199,11 @@ def test_another_config_is_refused(finished, field, value, message):
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [
-    ('model.num_classes', 7, 'num_classes=7, but idx:.* has 3 classes'),
+    (
+      'model.num_classes',
+      2,
+      'labels 0 to 1, but idx:.* has labels 0 to 2; set',
+    ),
     ('model.name', 'ds_mobilnet', "Unknown model 'ds_mobilnet'"),
     ('dataset.batch_size', 12, '12 does not divide over 8 devices'),
     ('dataset.batch_size', 160, 'batch_size=160 is larger than the train part'),
@@ -226,6 +230,38 @@ def test_a_wrong_config_is_refused(config, tmp_path, field, value, message):
     config.update_from_flattened_dict({field: value})
   with pytest.raises(experiment.ConfigError, match=message):
     loop.train(config, tmp_path)
+
+
+def write_labels(folder, split, labels):
+  """Replaces a split of `micro.write_images` by black images."""
+  images = np.zeros((len(labels), 8, 8), np.uint8)
+  micro.write_idx(folder / f'{split}-images-idx3-ubyte', images)
+  labels = np.array(labels, np.uint8)
+  micro.write_idx(folder / f'{split}-labels-idx1-ubyte', labels)
+
+
+@pytest.mark.parametrize(
+  ('train', 'test', 'message'),
+  [
+    ([0, 1] * 20, [0], None),  # of three classes two occur
+    ([1, 2, 3] * 20, [1], 'has labels 1 to 3; set it to 4; or are they 1 to 3'),
+    ([0, 1, 2] * 20, [3], 'has labels 0 to 3; set it to 4[.]$'),
+    ([0, 1, 2] * 20, [], 'The test split of .* has no images'),
+    ([], [0], 'The train split of .* has no images'),
+  ],
+)
+def test_labels_that_the_model_has_not(tmp_path, train, test, message):
+  name = micro.write_images(tmp_path)
+  write_labels(tmp_path, 'train', train)
+  write_labels(tmp_path, 't10k', test)
+  config = micro.get_config()
+  config.dataset.name = name
+  parts = experiment.Experiment.from_config(config)
+  if message is None:
+    parts.check_dataset()
+    return
+  with pytest.raises(ValueError, match=message):
+    parts.check_dataset()
 
 
 def test_correctness_needs_to_know_what_to_spend(config, tmp_path):
@@ -319,6 +355,30 @@ def budgeted(images, tmp_path_factory):
   config.checkpoint = dict(every_steps=1, keep_last=100, keep_best=0)
   workdir = tmp_path_factory.mktemp('budgeted')
   return config, workdir, loop.train(config, workdir)
+
+
+def test_a_step_opens_no_data(budgeted, tmp_path, monkeypatch):
+  """Of a large set that takes seconds: a permutation of all its images."""
+  config, _, results = budgeted
+  opened, at_steps = [], []
+  load_source = data.sources.load_source
+  after_step = loop.Run._after_step
+
+  def counted_load(*args):
+    opened.append(args)
+    return load_source(*args)
+
+  def counted_step(run, done, state, progress):
+    before = len(opened)
+    after_step(run, done, state, progress)
+    # What is evaluated is opened once for each evaluation.
+    at_steps.append((done.stage, len(opened) - before))
+
+  monkeypatch.setattr(data.sources, 'load_source', counted_load)
+  monkeypatch.setattr(loop.Run, '_after_step', counted_step)
+  assert loop.train(config, tmp_path) == results
+  # Two steps each; the end of Stage I is evaluated.
+  assert at_steps == [(0, 0), (0, 1), *[(s, 0) for s in (1, 1, 2, 2, 3, 3)]]
 
 
 def test_budget_stage_sees_every_image_held_out_for_it(budgeted):
