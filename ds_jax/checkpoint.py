@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from ds_jax import hosts
+from ds_jax import hosts, paths
 
 
 class CheckpointError(Exception):
@@ -75,7 +75,7 @@ class Checkpointer:
 
     if keep_last < 1:
       raise ValueError(f'keep_last={keep_last}: resuming needs at least 1.')
-    self._directory = absolute(directory)
+    self._directory = paths.expanded(directory)
     self._metric = metric
     self._retention = _Retention(
       keep_last, keep_best, _saved_scores(self._directory, metric)
@@ -218,12 +218,12 @@ def directory_of(workdir: str) -> str:
 
 def has_steps(directory: str) -> bool:
   """Whether anything was saved there, whole or not."""
-  return bool(_steps(absolute(directory)))
+  return bool(_steps(paths.expanded(directory)))
 
 
 def is_workdir(path: str) -> bool:
   """Whether a path is the workdir of a run or a conversion."""
-  return absolute(directory_of(path)).is_dir()
+  return paths.expanded(directory_of(path)).is_dir()
 
 
 def restore(directory: str, step: int | None = None) -> Restored:
@@ -236,7 +236,7 @@ def restore(directory: str, step: int | None = None) -> Restored:
   Raises:
     CheckpointError: if there is no such directory or step, or it is damaged.
   """
-  root = absolute(directory)
+  root = paths.expanded(directory)
   steps = _steps(root)
   if not steps:
     found = 'no folder named by a step' if root.is_dir() else 'no directory'
@@ -244,7 +244,7 @@ def restore(directory: str, step: int | None = None) -> Restored:
       f'No checkpoints in {root}: there is {found}. Check the path.'
     )
   if step is None:
-    return _newest_intact(root, steps)[0]
+    return _newest_in_use(root, steps)
   if step not in steps:
     raise CheckpointError(f'No step {step} in {root}: choose one of {steps}.')
   return _newest_intact(root, [step])[0]
@@ -274,17 +274,25 @@ class _Retention:
     return [info.step in kept for info in checkpoints]
 
 
-def absolute(directory: str) -> epath.Path:
-  """Returns a path that does not depend on the working directory."""
-  path = epath.Path(directory)
-  # Resolving would turn gs://bucket into a local folder.
-  return path if '://' in str(directory) else path.expanduser().resolve()
-
-
 def _steps(root: epath.Path) -> list[int]:
   """Returns the steps on disk, whole or not, oldest first."""
   paths = root.iterdir() if root.is_dir() else ()
   return sorted(int(path.name) for path in paths if path.name.isdecimal())
+
+
+def _newest_in_use(root: epath.Path, steps: Sequence[int]) -> Restored:
+  """Returns the newest intact step, of a run that may still be going on.
+
+  It deletes old steps as it saves new ones, perhaps those that are being read.
+  """
+  while True:
+    try:
+      return _newest_intact(root, steps)[0]
+    except CheckpointError:
+      now = _steps(root)
+      if max(now, default=-1) <= max(steps):
+        raise
+      steps = now
 
 
 def _newest_intact(

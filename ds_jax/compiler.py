@@ -1,8 +1,10 @@
 """Options of XLA, and the platform it compiles for."""
 
+import functools
 import os
 
 import jax
+from absl import logging
 
 # LLVM takes vectors of half the width by default.
 WIDE_VECTORS = {'xla_cpu_prefer_vector_width': 512}
@@ -39,9 +41,10 @@ def options_for_training() -> Options | None:
   Whole registers, where there is AVX-512, make DS-MobileNet 3 to 8% faster at
   224 pixels.
   """
+  options = {}
   if jax.default_backend() == 'cpu' and _has_wide_vectors():
-    return WIDE_VECTORS
-  return None
+    options = WIDE_VECTORS
+  return known(options) or None
 
 
 def options_for_inference(*, slices_weights: bool = False) -> Options | None:
@@ -60,7 +63,32 @@ def options_for_inference(*, slices_weights: bool = False) -> Options | None:
     options = options | SLICES_WHEN_NEEDED
   if here == 'cuda' and _GRAPH_OPTION not in os.getenv('XLA_FLAGS', ''):
     options = options | ONE_GRAPH
-  return options or None
+  return known(options) or None
+
+
+def known(options: Options) -> Options:
+  """Returns those options that this XLA knows; it warns of the others, once.
+
+  They come and go with its releases, and none changes a result.
+  """
+  return {k: v for k, v in options.items() if _is_known(k, v)}
+
+
+@functools.cache
+def _is_known(name: str, value: int | str) -> bool:
+  lowered = jax.jit(lambda: 0).lower()
+  try:
+    lowered.compile({name: value})
+  # What XLA raises has changed with its releases, too.
+  except Exception as error:
+    logging.warning(
+      "XLA's option %s=%s is left out, since this XLA does not take it: %s",
+      name,
+      value,
+      error,
+    )
+    return False
+  return True
 
 
 def _has_wide_vectors() -> bool:

@@ -23,7 +23,7 @@ import jax.export
 import numpy as np
 from flax import serialization
 
-from ds_jax import checkpoint, compiler, predict, routing
+from ds_jax import checkpoint, compiler, paths, predict, routing
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 _FORMAT = 'ds_jax routed network 2'
@@ -170,7 +170,8 @@ def load(path: str | os.PathLike) -> Exported:
 
 
 def _write(path, data):
-  partial = f'{os.fspath(path)}.partial'
+  path = os.fspath(paths.expanded(path))
+  partial = f'{path}.partial'
   try:
     with open(partial, 'wb') as file:
       file.write(data)
@@ -183,7 +184,7 @@ def _write(path, data):
 
 
 def _read(path):
-  with open(path, 'rb') as file:
+  with open(paths.expanded(path), 'rb') as file:
     data = file.read()
   try:
     content = serialization.msgpack_restore(data)
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _export(options)
   except _EXPECTED as error:
     sys.exit(f'{type(error).__name__}: {error}')
-  size = os.path.getsize(options.output)
+  size = os.path.getsize(paths.expanded(options.output))
   print(f'{options.output}: {size / 1e6:.1f} MB, batch {options.batch_size}')
 
 

@@ -2,8 +2,9 @@
 
     python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 
-Run again, the same command resumes where it was. Any field in the
-file is changed with a flag like `--config.gate.num_epochs=5`.
+Run again, the same command resumes where it was. Any field, in the file or not,
+is set with a flag like `--config.gate.num_epochs=5`. A config that comes with
+ds_jax is found by its name, as in `--config=ds_digits`.
 
 On several hosts the same command runs on each, and JAX finds the others by
 itself on Cloud TPU, GKE, SLURM and Open MPI. Elsewhere each is told by
@@ -12,7 +13,6 @@ itself on Cloud TPU, GKE, SLURM and Open MPI. Elsewhere each is told by
 
 import logging as python_logging
 import os
-import pathlib
 import sys
 import time
 
@@ -20,7 +20,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ds_jax import checkpoint, cpu, data, hosts
+from ds_jax import checkpoint, config, cpu, data, hosts, paths
 from ds_jax.benchmark import command
 from ds_jax.train import experiment, loop
 
@@ -46,7 +46,7 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 # Mistakes whose message says it all. Anything else keeps its traceback.
 _PLAIN_ERRORS = (
-  experiment.ConfigError,
+  config.ConfigError,
   checkpoint.CheckpointError,
   data.DatasetNotFoundError,
   hosts.HostError,
@@ -80,8 +80,8 @@ def main(argv):
     _fail(hosts.explain(error))
 
 
-def _join_processes(config):
-  parallel = experiment.Experiment.from_config(config).parallel
+def _join_processes(given):
+  parallel = experiment.Experiment.from_config(given).parallel
   hosts.initialize(
     _COORDINATOR.value,
     _NUM_PROCESSES.value,
@@ -104,14 +104,14 @@ def _fail(message):
 def _cache_programs(workdir):
   """Keeps compiled programs in the workdir, so that resuming starts fast."""
   if jax.config.jax_compilation_cache_dir is None:
-    folder = checkpoint.absolute(workdir) / 'compiled'
+    folder = paths.expanded(workdir) / 'compiled'
     jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
-def _benchmark(config, workdir):
+def _benchmark(given, workdir):
   """Times the finished run, and writes `benchmark.json` in its workdir."""
-  del config
-  path = pathlib.Path(workdir) / 'benchmark.json'
+  del given
+  path = paths.expanded(workdir) / 'benchmark.json'
   command.run(command.Options(workdir=workdir, json=str(path)))
 
 
@@ -121,11 +121,19 @@ def _is_our_own(record: python_logging.LogRecord) -> bool:
 
 
 def _parse_flags(argv):
-  """Parses the command line; a field that the config lacks is a plain error."""
+  """Parses the command line; a wrong field or value is a plain error."""
   try:
-    return app.parse_flags_with_usage(argv)
+    argv, fields = config.split_arguments(argv, experiment.Experiment)
+    # Where `config_flags` looks for fields by itself.
+    sys.argv = config.found(argv)
+    rest = app.parse_flags_with_usage(sys.argv)
+    if fields and _CONFIG.value is not None:
+      config.override(_CONFIG.value, fields, experiment.Experiment)
+  except config.ConfigError as error:
+    sys.exit(f'ConfigError: {error}')
   except (AttributeError, KeyError, TypeError) as error:
-    return sys.exit(f'Bad --config, or --config.FIELD=VALUE: {error}')
+    sys.exit(f'Bad --config: {error}')
+  return rest
 
 
 if __name__ == '__main__':

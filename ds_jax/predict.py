@@ -12,10 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import layout
 
-from ds_jax import checkpoint, compiler, data, models, routing, validation
+from ds_jax import (
+  checkpoint,
+  compiler,
+  data,
+  models,
+  paths,
+  routing,
+  validation,
+)
 from ds_jax.models import hoist
+
+try:
+  from jax.experimental import layout
+except ImportError:  # Of an experimental module: without it, default layouts.
+  layout = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +97,8 @@ class Predictor:
     """
     self.model = model
     self.image_size = image_size
+    # Workdir, step and presliced, where it was restored.
+    self._source: tuple[str, int, bool] | None = None
     self._has_gate = has_gate
     self.crop_ratio = crop_ratio
     self.interpolation = interpolation
@@ -124,10 +138,11 @@ class Predictor:
     Raises:
       CheckpointError: if there is no intact checkpoint.
     """
-    restored = checkpoint.restore(checkpoint.directory_of(workdir), step)
+    directory = checkpoint.directory_of(workdir)
+    restored = checkpoint.restore(directory, step)
     meta = restored.meta
     model = models.create_abstract_model(**meta['model'])
-    return cls(
+    predictor = cls(
       models.Architecture(model).bind(
         models.variables_from(restored.tree['network'])
       ),
@@ -143,6 +158,18 @@ class Predictor:
       held_out=routing.images_held_out(restored.tree),
       presliced=presliced,
     )
+    predictor._source = str(paths.expanded(workdir)), restored.step, presliced
+    return predictor
+
+  def __reduce__(self):
+    """Pickles as the checkpoint that it was restored from, and the router."""
+    if self._source is None:
+      raise TypeError(
+        'This Predictor was not restored from a workdir, and pickles as no'
+        ' more than where to restore from: use Predictor.restore, or save the'
+        ' model with ds_jax.export.'
+      )
+    return _restored_with, (*self._source, jax.device_get(self.router))
 
   def with_budget(
     self,
@@ -329,6 +356,12 @@ class Predictor:
     return known[index]
 
 
+def _restored_with(workdir, step, presliced, router) -> Predictor:
+  predictor = Predictor.restore(workdir, step, presliced=presliced)
+  predictor.router = jax.device_put(router)
+  return predictor
+
+
 def prepare_images(
   images: np.ndarray | Sequence[np.ndarray],
   image_size: int,
@@ -437,7 +470,7 @@ class Parts:
       return {part: split.prepare(variables) for part, split in splits.items()}
 
     formats = None
-    if jax.default_backend() == 'gpu':
+    if jax.default_backend() == 'gpu' and layout is not None:
       made = jax.eval_shape(prepare, variables)
       devices = jax.tree.leaves(variables)[0].devices()
       # Weights on several devices stay as they are.

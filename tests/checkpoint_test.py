@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -495,3 +496,34 @@ class RefusalTest(CheckpointTestCase):
   def test_metrics_without_the_ranking_one_are_refused(self):
     with pytest.raises(ValueError, match=r"\['loss'\] lack 'top1'"):
       self.save(make_tree(0), META, {'loss': 1.0})
+
+
+class RunningTest(parameterized.TestCase):
+  """Restoring while a run saves new steps and deletes old ones."""
+
+  def test_a_step_that_is_deleted_gives_way_to_a_newer_one(self):
+    with tempfile.TemporaryDirectory() as folder:
+      with checkpoint.Checkpointer(folder, keep_last=2) as saver:
+        saver.save(1, make_tree(1), META)
+      read, reads = checkpoint._read, []
+
+      def read_while_a_run_goes_on(root, step):
+        reads.append(step)
+        if len(reads) <= 3:
+          with checkpoint.Checkpointer(folder, keep_last=2) as saver:
+            saver.save(step + 1, make_tree(step + 1), META)
+          shutil.rmtree(root / str(step))
+        return read(root, step)
+
+      with mock.patch.object(checkpoint, '_read', read_while_a_run_goes_on):
+        found = checkpoint.restore(folder)
+      assert found.step == 4 and reads == [1, 2, 3, 4]
+      assert_same_tree(found.tree, make_tree(4))
+
+  def test_a_step_that_is_damaged_is_an_error_as_ever(self):
+    with tempfile.TemporaryDirectory() as folder:
+      with checkpoint.Checkpointer(folder) as saver:
+        saver.save(1, make_tree(1), META)
+      shutil.rmtree(pathlib.Path(folder) / '1/state')
+      with pytest.raises(checkpoint.CheckpointError, match='No intact'):
+        checkpoint.restore(folder)

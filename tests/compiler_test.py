@@ -20,6 +20,20 @@ def test_xla_takes_the_options():
   np.testing.assert_allclose(program(x), np.tanh(2 * x), rtol=1e-6)
 
 
+def test_an_option_that_this_xla_lacks_is_left_out_with_one_warning(
+  monkeypatch, caplog
+):
+  unknown = {'xla_cpu_no_such_option': 7}
+  monkeypatch.setattr(compiler, 'WIDE_VECTORS', compiler.WIDE_VECTORS | unknown)
+  monkeypatch.setattr(compiler, '_has_wide_vectors', lambda: True)
+  known = {'xla_cpu_prefer_vector_width': 512}
+  for _ in range(2):
+    assert compiler.options_for_training() == known
+    assert compiler.options_for_inference() == known
+  warnings = [r for r in caplog.records if 'is left out' in r.message]
+  assert len(warnings) == 1 and 'xla_cpu_no_such_option=7' in caplog.text
+
+
 def test_slices_that_are_made_when_needed_take_less_memory():
   def run(weights, x):
     for weight in weights:

@@ -1,6 +1,8 @@
 """The predictor against the model run by hand, and its errors."""
 
+import dataclasses
 import functools
+import pickle
 from unittest import mock
 
 import jax
@@ -619,3 +621,29 @@ def test_budgets_are_kept_on_the_images_held_out(run):
 def test_restoring_nothing_says_so(tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match='No checkpoints in'):
     ds_jax.Predictor.restore(tmp_path / 'nothing')
+
+
+@pytest.mark.parametrize('router', [None, 'gate', 'cascade'])
+def test_a_predictor_pickles_as_its_workdir_and_router(run, router):
+  config, workdir, _ = run
+  images, _ = part_of(config, 'test')
+  predictor = ds_jax.Predictor.restore(workdir)
+  if router:
+    predictor = predictor.with_budget(fraction=0.9, router=router)
+  pickled = pickle.dumps(predictor)
+  # No weights.
+  assert len(pickled) < 5_000
+  found, expected = pickle.loads(pickled)(images), predictor(images)
+  for one, other in zip(
+    dataclasses.astuple(found), dataclasses.astuple(expected), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_predictor_of_a_model_in_memory_does_not_pickle():
+  model = routed.make_model(routed.make_images(8))
+  predictor = predict.Predictor(
+    model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
+  )
+  with pytest.raises(TypeError, match='use Predictor.restore, or save the'):
+    pickle.dumps(predictor)

@@ -14,7 +14,7 @@ import jaxlib
 import numpy as np
 from absl import logging
 
-from ds_jax import checkpoint, cpu, data, models, predict
+from ds_jax import checkpoint, cpu, data, models, paths, predict
 from ds_jax.benchmark import (
   inference,
   onnxruntime,
@@ -92,7 +92,9 @@ def run(options: Options) -> dict[str, Any]:
     rows.extend(new)
     # Again and again, so that a run that is cut short leaves something.
     if options.json:
-      output.write(pathlib.Path(options.json), about, rows, results)
+      output.write(
+        pathlib.Path(paths.expanded(options.json)), about, rows, results
+      )
     return new
 
   (matmul,) = measure(training.matmul_ways(model.dtype))
@@ -152,7 +154,7 @@ def run(options: Options) -> dict[str, Any]:
   print()
   print(json.dumps(results, indent=2))
   if options.json:
-    path = pathlib.Path(options.json)
+    path = pathlib.Path(paths.expanded(options.json))
     output.write(path, about, rows, results)
     try:
       output.plot(rows, path.with_suffix('.png'))

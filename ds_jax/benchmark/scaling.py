@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import PartitionSpec
 
-from ds_jax import cpu, data, models, parallel
+from ds_jax import cpu, data, models, parallel, paths
 from ds_jax.benchmark import collectives, timing
 from ds_jax.train import gate, optimizer, supernet
 
@@ -239,7 +238,8 @@ def run(options: Options) -> dict[str, Any]:
   print(', '.join(f'{name} {value}' for name, value in about.items()))
   print(table(rows))
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + '\n')
+    text = json.dumps(result, indent=2) + '\n'
+    paths.expanded(options.json).write_text(text)
   return result
 
 

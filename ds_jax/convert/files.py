@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from ds_jax import paths
+
 State = Mapping[str, Any]
 
 # A moving average is what its authors would evaluate.
@@ -53,7 +55,7 @@ def read(path: str, key: str | None = None) -> dict[str, Any]:
     OSError: if there is no such file.
     ValueError: if it is damaged or holds something else, or no such state.
   """
-  file = pathlib.Path(path)
+  file = pathlib.Path(paths.expanded(path))
   if not file.exists():
     raise FileNotFoundError(
       f'There is no {path}; expected a file of weights, or the workdir of a run'
@@ -65,7 +67,7 @@ def read(path: str, key: str | None = None) -> dict[str, Any]:
       ' the workdir of a run or a conversion.'
     )
   readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
-  content = readers.get(file.suffix, _read_torch)(path)
+  content = readers.get(file.suffix, _read_torch)(str(file))
   return choose_state(content, path, key)
 
 

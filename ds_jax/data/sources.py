@@ -17,6 +17,7 @@ from typing import Protocol, TypedDict
 import numpy as np
 from PIL import Image
 
+from ds_jax import paths
 from ds_jax.data.idx import read_idx
 
 
@@ -262,11 +263,11 @@ def _parse_name(name: str, data_dir: str | None) -> tuple[str, pathlib.Path]:
   """Splits 'idx:DIR', checks the name and settles where the data are."""
   kind, _, folder = name.partition(':')
   if kind == 'idx' and (folder or data_dir):
-    return kind, pathlib.Path(folder or data_dir).expanduser()
+    return kind, pathlib.Path(paths.expanded(folder or data_dir))
   if name != 'digits' and name not in _TFDS:
     raise ValueError(f'Unknown data set {name!r}; known: {", ".join(_KNOWN)}.')
   default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  return name, pathlib.Path(data_dir or default).expanduser()
+  return name, pathlib.Path(paths.expanded(data_dir or default))
 
 
 @functools.lru_cache(maxsize=1)

@@ -115,9 +115,20 @@ def _vector_dtype(variable) -> str:
 def _as_function(closed, inputs, equations, outputs):
   part = closed.jaxpr.replace(
     invars=list(inputs), eqns=list(equations), outvars=list(outputs),
-    debug_info=closed.jaxpr.debug_info.with_unknown_names(),
+    **_unnamed(closed.jaxpr),
   )  # fmt: skip
   return core.jaxpr_as_fun(core.ClosedJaxpr(part, closed.consts))
+
+
+def _unnamed(jaxpr) -> dict[str, Any]:
+  """Returns debug info that names no inputs, where this JAX has it.
+
+  That of the whole names inputs that a part does not have.
+  """
+  info = getattr(jaxpr, 'debug_info', None)
+  if not hasattr(info, 'with_unknown_names'):
+    return {}
+  return {'debug_info': info.with_unknown_names()}
 
 
 def _is_variable(atom) -> bool:

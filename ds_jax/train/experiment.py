@@ -14,6 +14,7 @@ import ml_collections
 from absl import logging
 
 from ds_jax import checkpoint, convert, data, models, validation
+from ds_jax import config as config_lib
 from ds_jax import parallel as parallel_lib
 from ds_jax.train import budget as budget_lib
 from ds_jax.train import calibrate as calibrate_lib
@@ -24,11 +25,9 @@ from ds_jax.train import supernet as supernet_lib
 
 _Config = TypeVar('_Config')
 
+ConfigError = config_lib.ConfigError
+
 STAGES = ('supernet', 'calibrate', 'gate', 'budget')
-
-
-class ConfigError(ValueError):
-  """An experiment that can't be run as it is written."""
 
 
 @dataclasses.dataclass(frozen=True)

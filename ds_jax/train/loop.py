@@ -20,6 +20,7 @@ from ds_jax import (
   hosts,
   models,
   parallel,
+  paths,
   report,
   routing,
 )
@@ -496,7 +497,7 @@ def _local_path(workdir: str) -> pathlib.Path:
       ' hosts share; mount the bucket (Cloud Storage FUSE does) and give its'
       ' path.'
     )
-  return pathlib.Path(workdir).expanduser()
+  return pathlib.Path(paths.expanded(workdir))
 
 
 def _flatten(config, prefix='') -> dict[str, Any]:

@@ -1,0 +1,214 @@
+"""Fields from flags: every one, by its type, with errors that name the form."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import typing
+
+import pytest
+
+import micro
+from ds_jax import (
+  checkpoint,
+  config,
+  convert,
+  data,
+  export,
+  paths,
+  predict,
+)
+from ds_jax.train import experiment
+
+_REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def override(*arguments):
+  """The micro experiment after these flags."""
+  rest, fields = config.split_arguments(arguments, experiment.Experiment)
+  assert rest == []
+  given = micro.get_config()
+  given.dataset.name = 'digits'
+  given.lock()
+  config.override(given, fields, experiment.Experiment)
+  assert given.is_locked
+  return given
+
+
+def parsed(*arguments):
+  return experiment.Experiment.from_config(override(*arguments))
+
+
+def fields_of(cls, prefix=''):
+  """Every field below a dataclass, and its default."""
+  for field in dataclasses.fields(cls):
+    hint = typing.get_type_hints(cls)[field.name]
+    if dataclasses.is_dataclass(hint):
+      yield from fields_of(hint, f'{prefix}{field.name}.')
+    elif field.default is not dataclasses.MISSING:
+      yield f'{prefix}{field.name}', field.default
+
+
+def test_every_field_of_every_section_is_set_whether_the_file_has_it_or_not():
+  defaults = dict(fields_of(experiment.Experiment))
+  assert {'seed', 'dataset.crop_scale', 'gate.optimizer.nesterov'} & set(
+    defaults
+  ) and len(defaults) > 50
+  # One budget for both, or a run needs more than the defaults.
+  flags = [f'--config.{field}={value}' for field, value in defaults.items()]
+  found = parsed(*flags)
+  for field, value in defaults.items():
+    node = found
+    for name in field.split('.'):
+      node = getattr(node, name)
+    assert node == value, field
+
+
+@pytest.mark.parametrize(
+  'flag, value',
+  [
+    ('dataset.crop=None', None),
+    ('dataset.crop=resized', 'resized'),
+    ("dataset.crop='resized'", 'resized'),
+    ('dataset.crop_scale=(0.5, 1)', (0.5, 1)),
+    ('dataset.crop_scale=0.5,1', (0.5, 1)),
+    ('dataset.crop_scale=[0.5, 1.0]', (0.5, 1.0)),
+    ('dataset.name=123', '123'),
+    ('dataset.flip=false', False),
+    ('dataset.batch_size=1e2', 100),
+    ('gate.target_madds=None', None),
+    ('gate.target_madds=5000', 5000.0),
+    ('supernet.optimizer.learning_rate=1e-3', 1e-3),
+    ('gate.optimizer.clip_norm=None', None),
+    ('model.dropout_rate=0.25', 0.25),
+    ('model.gate_buckets=(0, 2)', (0, 2)),
+    ('model.dtype=bfloat16', 'bfloat16'),
+    ('init.checkpoint=~/run=1', '~/run=1'),
+  ],
+)
+def test_values_are_read_by_the_field_s_type(flag, value):
+  found = override(f'--config.{flag}')
+  for name in flag.partition('=')[0].split('.'):
+    found = found[name]
+  assert found == value and type(found) is type(value)
+
+
+def test_flags_may_have_their_value_apart_or_be_switches():
+  rest, fields = config.split_arguments(
+    ['x', '--config=f.py', '--config.dataset.batch_size', '8',
+     '--config.dataset.flip', '--noconfig.supernet.ensemble', '--workdir=w'],
+    experiment.Experiment,
+  )  # fmt: skip
+  assert rest == ['x', '--config=f.py', '--workdir=w']
+  assert [str(field) for field in fields] == [
+    '--config.dataset.batch_size=8',
+    '--config.dataset.flip=True',
+    '--config.supernet.ensemble=False',
+  ]
+
+
+@pytest.mark.parametrize(
+  'flag, message',
+  [
+    ('dataset.crop_scale=0.5', 'crop_scale=0.5: expected 2 of a number, as in'),
+    ('dataset.crop_scale=(1, 2, 3)', r'as in \(0.5, 0.5\)'),
+    ('dataset.batch_size=None', 'batch_size=None: expected a whole number, as'),
+    ('dataset.batch_size=1.5', 'expected a whole number'),
+    ('dataset.flip=perhaps', 'expected True or False'),
+    ('gate.target_madds=many', 'expected a number or None, as in 0.5'),
+    ('dataset.name=None', 'expected a text'),
+    ('dataset.crop_scal=1', 'Unknown .*dataset.crop_scal; config.dataset has'),
+    ('datasets.name=x', 'Unknown .*; config has model, dataset, '),
+    ('seed.name=1', 'config.seed is no section'),
+    ('dataset=1', 'dataset is a section; set one of its fields, as in .*name='),
+    ('dataset.batch_size', 'batch_size has no value'),
+  ],
+)
+def test_errors_name_field_and_form(flag, message):
+  with pytest.raises(config.ConfigError, match=message):
+    override(f'--config.{flag}')
+
+
+def test_a_config_is_found_by_its_name_or_path():
+  name = f'{_REPOSITORY}/configs/ds_digits.py'
+  assert config.find('ds_digits') == name
+  assert config.find(name) == name
+  cifar = f'{_REPOSITORY}/configs/ds_vit_cifar.py:cifar100'
+  assert config.find('ds_vit_cifar:cifar100') == cifar
+  found = config.found(['main', '--config=ds_digits', '--config', 'ds_digits'])
+  assert found == ['main', f'--config={name}', '--config', name]
+  with pytest.raises(config.ConfigError, match='no file digits; .*ds_digits'):
+    config.find('digits')
+
+
+@pytest.mark.parametrize('flag', ['dataset.crop_scal=1', 'dataset.flip=maybe'])
+def test_the_command_ends_with_the_message_alone(flag, tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'ds_jax.main', '--config=ds_digits'),
+      *(f'--workdir={tmp_path / "run"}', f'--config.{flag}'),
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1
+  assert done.stderr.startswith('ConfigError: ')
+  assert 'Traceback' not in done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+def test_home_is_expanded_wherever_a_path_comes_in(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert str(paths.expanded('~/run')) == str(tmp_path / 'run')
+  assert str(paths.expanded('gs://bucket/~/x')) == 'gs://bucket/~/x'
+  micro.save_finished_run(tmp_path / 'run')
+  predictor = predict.Predictor.restore('~/run')
+  assert checkpoint.has_steps(checkpoint.directory_of('~/run'))
+  assert checkpoint.is_workdir('~/run')
+  export.save(predictor, '~/x.ds', batch_size=1, subnet=0)
+  assert export.load('~/x.ds').batch_size == 1
+  name = micro.write_images(tmp_path)
+  there = data.load_source(name, 'train')
+  assert len(data.load_source('idx:~', 'train')) == len(there)
+  assert len(data.load_source('idx', 'train', '~')) == len(there)
+  with pytest.raises(FileNotFoundError, match='There is no'):
+    convert.read('~/weights.npz')
+  (tmp_path / 'weights.npz').write_bytes(b'')
+  with pytest.raises(ValueError, match='damaged'):
+    convert.read('~/weights.npz')
+
+
+def test_a_wheel_has_every_module_and_the_configs(tmp_path):
+  """Installed without the repository, from another folder."""
+  files = subprocess.run(
+    ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+    cwd=_REPOSITORY,
+    capture_output=True,
+    text=True,
+  ).stdout.split('\0')
+  source, target = tmp_path / 'source', tmp_path / 'target'
+  for name in filter(None, files):
+    if (_REPOSITORY / name).is_file():
+      (source / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(_REPOSITORY / name, source / name)
+  subprocess.run(
+    [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps',
+     f'--target={target}', str(source)],
+    check=True,
+  )  # fmt: skip
+  for folder in ('ds_jax', 'configs'):
+    shipped = target / ('ds_jax/configs' if folder == 'configs' else folder)
+    for path in (source / folder).rglob('*.py'):
+      assert (shipped / path.relative_to(source / folder)).is_file(), path
+  done = subprocess.run(
+    [sys.executable, '-m', 'ds_jax.main', '--config=ds_digits',
+     f'--workdir={tmp_path / "run"}', '--mode=evaluate'],
+    cwd=tmp_path,
+    env={**os.environ, 'PYTHONPATH': str(target)},
+    capture_output=True,
+    text=True,
+  )  # fmt: skip
+  # The config was found; there is nothing to evaluate.
+  assert 'CheckpointError: No checkpoints in' in done.stderr, done.stderr
