@@ -65,9 +65,12 @@ class GateConfig:
     hard_images: `try_best` or `give_up`; see `losses.sandwich_labels`.
     balances_labels: whether both SGS labels weigh the same in a batch, however
       many images have them.
+    noised_sandwich: whether the SGS labels' cross-entropy takes the relaxed
+      sample for logits, as the authors' code does, and not the gate's logits.
     temperature: of the relaxed sample.
     label_smoothing: of both cross-entropies.
     ema_decay: of the head; see `optimizer.moving_average`.
+    ema_warmup: whether the decay is less in the first steps.
   """
 
   num_epochs: float
@@ -84,9 +87,11 @@ class GateConfig:
   price_damping: float = 4.0
   hard_images: str = 'try_best'
   balances_labels: bool = False
+  noised_sandwich: bool = False
   temperature: float = 1.0
   label_smoothing: float = 0.0
   ema_decay: float = 0.99
+  ema_warmup: bool = True
 
   def __post_init__(self):
     validation.check_range('num_epochs', self.num_epochs, above=0)
@@ -197,7 +202,11 @@ class Gate:
     )
     head = optax.apply_updates(state.head, updates)
     average = optimizer.moving_average(
-      head, head_of(state.network), self.config.ema_decay, step
+      head,
+      head_of(state.network),
+      self.config.ema_decay,
+      step,
+      warms_up=self.config.ema_warmup,
     )
     state = state.replace(
       network=_with_head(state.network, average),
@@ -246,7 +255,7 @@ class Gate:
     targets = losses.sandwich_labels(correct, config.hard_images)
     everyone = self.executor.all_rows(targets)
     sandwich = losses.cross_entropy(
-      gate_logits,
+      self._sandwich_logits(gate_logits, noise),
       targets,
       config.label_smoothing,
       everyone if config.balances_labels else None,
@@ -263,6 +272,11 @@ class Gate:
       'easy': (targets == 0).mean(),
     }
     return loss, metrics
+
+  def _sandwich_logits(self, gate_logits, noise):
+    if not self.config.noised_sandwich:
+      return gate_logits
+    return jax.nn.softmax((gate_logits + noise) / self.config.temperature)
 
   def _madds_term(self, one_hot, price, argmax_madds):
     config = self.config

@@ -24,6 +24,10 @@ class OptimizerConfig:
     warmup_epochs: linear, from `warmup_init` to `learning_rate`.
     warmup_init: the first learning rate.
     end_factor: the last learning rate as a share of the peak.
+    cooldown_epochs: the last ones, at the last learning rate.
+    by_epoch: whether the rate stays as it is through an epoch, and the cosine
+      begins with the first one, under the warm-up, as with timm's scheduler;
+      else it changes with every step, and the cosine begins after the warm-up.
     clip_norm: the gradient's largest global norm; None leaves it.
   """
 
@@ -35,12 +39,15 @@ class OptimizerConfig:
   warmup_epochs: float = 0.0
   warmup_init: float = 0.0
   end_factor: float = 0.0
+  cooldown_epochs: float = 0.0
+  by_epoch: bool = False
   clip_norm: float | None = None
 
   def __post_init__(self):
     validation.check_choice('name', self.name, ('sgd', 'adamw'))
     validation.check_range('learning_rate', self.learning_rate, above=0)
     validation.check_range('warmup_epochs', self.warmup_epochs, low=0)
+    validation.check_range('cooldown_epochs', self.cooldown_epochs, low=0)
     if self.clip_norm is not None:
       validation.check_range('clip_norm', self.clip_norm, above=0)
 
@@ -48,26 +55,45 @@ class OptimizerConfig:
 def learning_rate_schedule(
   config: OptimizerConfig, num_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
-  """Returns step -> learning rate: linear warm-up, then cosine decay.
+  """Returns step -> learning rate: linear warm-up, cosine decay, cool-down.
 
   Raises:
-    ValueError: if the warm-up is longer than the training.
+    ValueError: if warm-up and cool-down leave no step between them.
   """
   if not num_steps:
     return optax.constant_schedule(config.learning_rate)
   warmup = round(config.warmup_epochs * steps_per_epoch)
-  if warmup >= num_steps:
+  cooldown = round(config.cooldown_epochs * steps_per_epoch)
+  if warmup + cooldown >= num_steps:
     raise ValueError(
-      f'A warm-up of {warmup} steps leaves none of {num_steps} training steps;'
-      ' lower optimizer.warmup_epochs or raise num_epochs.'
+      f'A warm-up of {warmup} steps and a cool-down of {cooldown} leave none of'
+      f' {num_steps} training steps; lower optimizer.warmup_epochs or'
+      ' optimizer.cooldown_epochs, or raise num_epochs.'
     )
+  if config.by_epoch:
+    return _schedule_by_epoch(config, num_steps - cooldown, steps_per_epoch)
   return optax.warmup_cosine_decay_schedule(
     config.warmup_init if warmup else config.learning_rate,
     config.learning_rate,
     warmup,
-    num_steps,
+    num_steps - cooldown,
     config.learning_rate * config.end_factor,
   )
+
+
+def _schedule_by_epoch(config, decay_steps, steps_per_epoch) -> optax.Schedule:
+  warmup = optax.linear_schedule(
+    config.warmup_init, config.learning_rate, config.warmup_epochs
+  )
+  decay = optax.cosine_decay_schedule(
+    config.learning_rate, decay_steps / steps_per_epoch, config.end_factor
+  )
+
+  def schedule(step):
+    epoch = step // steps_per_epoch
+    return jnp.where(epoch < config.warmup_epochs, warmup(epoch), decay(epoch))
+
+  return schedule
 
 
 def make_optimizer(
@@ -101,11 +127,19 @@ def make_optimizer(
   return optax.chain(*parts)
 
 
-def moving_average(new, old, decay: float, step: jax.Array):
+def moving_average(
+  new, old, decay: float, step: jax.Array, *, warms_up: bool = True
+):
   """Returns `decay * old + (1 - decay) * new`, leaf by leaf.
 
-  In the first steps t the decay is (1 + t) / (10 + t) where that is less, so
-  that the start is soon forgotten.
+  Args:
+    new: joins the average.
+    old: the average so far.
+    decay: the average's share.
+    step: t, how many came before.
+    warms_up: whether the decay is (1 + t) / (10 + t) where that is less, so
+      that the start is soon forgotten.
   """
-  decay = jnp.minimum(decay, (1 + step) / (10 + step))
+  if warms_up:
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
   return optax.incremental_update(new, old, 1 - decay)

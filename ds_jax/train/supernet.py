@@ -34,9 +34,11 @@ class SupernetConfig:
       are, and trains a gate for them.
     optimizer: see `OptimizerConfig`.
     num_random: random sub-networks a step, beside the widest and narrowest.
+    with_replacement: whether a step may draw the same one twice.
     ensemble: whether the narrowest learns from an ensemble (IEB, not IB).
     multi_view: whether teacher and students see different views (MvCo).
     ema_decay: of parameters and statistics; see `optimizer.moving_average`.
+    ema_warmup: whether the decay is less in the first steps.
     label_smoothing: of the widest's loss.
     momentum: the batch's share in the running statistics.
     accumulation_steps: micro-batches that a batch is split into. (The other
@@ -48,9 +50,11 @@ class SupernetConfig:
   num_epochs: float
   optimizer: optimizer.OptimizerConfig
   num_random: int = 2
+  with_replacement: bool = False
   ensemble: bool = False
   multi_view: bool = False
   ema_decay: float = 0.997
+  ema_warmup: bool = True
   label_smoothing: float = 0.1
   momentum: float = 0.1
   accumulation_steps: int = 1
@@ -120,7 +124,8 @@ class Supernet:
     self._normalize = normalize
     self._narrowest, self._widest = model.narrowest, model.widest
     self._between = model.sub_networks[1:-1]
-    if config.num_random > len(self._between):
+    needed = 1 if config.with_replacement else config.num_random
+    if config.num_random and needed > len(self._between):
       raise ValueError(
         f'supernet.num_random={config.num_random}, but the model has only'
         f' {len(self._between)} sub-networks between narrowest and widest.'
@@ -216,7 +221,13 @@ class Supernet:
 
   def draw(self, step: int) -> list[models.Subnet]:
     """Returns the step's random sub-networks, the same on every process."""
-    return draw(self._between, self.config.num_random, self.seed, step)
+    return draw(
+      self._between,
+      self.config.num_random,
+      self.seed,
+      step,
+      with_replacement=self.config.with_replacement,
+    )
 
   def gradient(self, variables, teacher, batch, subnets, key, gradient=None):
     """Sums the gradients of the widest, `subnets` and the narrowest.
@@ -312,7 +323,11 @@ class Supernet:
     params = optax.apply_updates(params, updates)
     variables = models.Variables(params, batch_stats)
     network = optimizer.moving_average(
-      variables, state.network, self.config.ema_decay, step
+      variables,
+      state.network,
+      self.config.ema_decay,
+      step,
+      warms_up=self.config.ema_warmup,
     )
     metrics = {
       'learning_rate': self._schedule(step),
@@ -323,16 +338,26 @@ class Supernet:
 
 
 def draw(
-  subnets: Sequence[models.Subnet], count: int, seed: int, step: int
+  subnets: Sequence[models.Subnet],
+  count: int,
+  seed: int,
+  step: int,
+  *,
+  with_replacement: bool = False,
 ) -> list[models.Subnet]:
-  """Draws sub-networks for a step, each at most once; the widest first.
+  """Draws sub-networks for a step, the widest first.
 
   Args:
     subnets: to draw from, narrowest first.
     count: how many.
     seed: of the run, below 2^32.
     step: of Stage I.
+    with_replacement: whether one may be drawn again.
   """
   # RandomState's stream is frozen for good; default_rng's is not.
-  order = np.random.RandomState((seed, step)).permutation(len(subnets))
-  return [subnets[i] for i in sorted(order[:count], reverse=True)]
+  stream = np.random.RandomState((seed, step))
+  if with_replacement:
+    picks = stream.randint(len(subnets), size=count)
+  else:
+    picks = stream.permutation(len(subnets))[:count]
+  return [subnets[i] for i in sorted(picks, reverse=True)]

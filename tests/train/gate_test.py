@@ -357,6 +357,38 @@ class BalancedTest(LossTestCase):
     self.check_step(0, lambda spent: 0.25 * (spent / 5e3) ** 2, self.init(), 0)
 
 
+class NoisedSandwichTest(LossTestCase):
+  """As the authors have it: softmaxed twice, with the noise between."""
+
+  config = dict(
+    sandwich_weight=2.0,
+    routed_weight=3.0,
+    madds_weight=0.25,
+    madds_unit=5e3,
+    noised_sandwich=True,
+    temperature=TEMPERATURE,
+    label_smoothing=SMOOTHING,
+    ema_decay=0.6,
+    ema_warmup=False,
+  )
+
+  def sandwich(self, logits, targets):
+    return cross_entropy(self.mix(logits, step=0), targets)
+
+  def test_head_moves_by_the_gradient_and_its_average_without_warm_up(self):
+    before = np.asarray(self.init().head[HEAD])
+    new, _ = self.check_step(
+      NUM_BUCKETS - 1,
+      lambda spent: 0.25 * (spent / 5e3) ** 2,
+      self.init(),
+      step=0,
+    )
+    expected = 0.6 * before + 0.4 * np.asarray(new.head[HEAD])
+    np.testing.assert_allclose(
+      new.network.params[HEAD], expected, rtol=1e-5, atol=1e-6
+    )
+
+
 class CorrectnessTestCase(LossTestCase):
   """mean BCE(gate logit k, softmax(z_k)[label])."""
 

@@ -59,6 +59,49 @@ class ScheduleTest(parameterized.TestCase):
       expected = cosine(step, 10, 0, 0.5, 0)
       np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-7)
 
+  def test_cool_down_stays_at_the_last_rate(self):
+    config = CONFIG(
+      learning_rate=0.5,
+      warmup_epochs=1.0,
+      end_factor=0.1,
+      cooldown_epochs=2.5,
+    )
+    schedule = optimizer.learning_rate_schedule(config, 40, steps_per_epoch=4)
+    for step in range(4, 41):
+      expected = cosine(min(step, 30), 30, 4, 0.5, 0.05)
+      np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+
+  @parameterized.parameters(0, 5)
+  def test_by_epoch_it_is_timm_s_of_the_release(self, warmup):
+    # 150 epochs and 10 of cool-down, of 7 steps; `CosineLRScheduler` of timm
+    # 0.3.2 in plain numbers.
+    config = CONFIG(
+      learning_rate=0.08,
+      warmup_epochs=warmup,
+      warmup_init=1e-5,
+      end_factor=1e-5 / 0.08,
+      cooldown_epochs=10,
+      by_epoch=True,
+    )
+    schedule = optimizer.learning_rate_schedule(config, 160 * 7, 7)
+    found = jax.jit(jax.vmap(schedule))(np.arange(160 * 7))
+    for step, rate in enumerate(np.asarray(found)):
+      epoch = step // 7
+      if epoch < warmup:
+        expected = 1e-5 + epoch * (0.08 - 1e-5) / warmup
+      elif epoch < 150:
+        share = (1 + np.cos(np.pi * epoch / 150)) / 2
+        expected = 1e-5 + (0.08 - 1e-5) * share
+      else:
+        expected = 1e-5
+      np.testing.assert_allclose(rate, expected, rtol=1e-3, err_msg=step)
+
+  @parameterized.parameters(False, True)
+  def test_warm_up_and_cool_down_alone_are_refused(self, by_epoch):
+    config = CONFIG(warmup_epochs=6, cooldown_epochs=4, by_epoch=by_epoch)
+    with pytest.raises(ValueError, match='of 6 steps and a cool-down of 4 lea'):
+      optimizer.learning_rate_schedule(config, 10, steps_per_epoch=1)
+
   @parameterized.parameters(10, 11)
   def test_warm_up_as_long_as_the_training_is_refused(self, warmup_epochs):
     config = CONFIG(warmup_epochs=warmup_epochs)
@@ -128,3 +171,16 @@ class OptimizerTest(parameterized.TestCase):
   def test_another_name_is_refused(self):
     with pytest.raises(ValueError, match="'lion': expected 'sgd' or 'adamw'"):
       CONFIG(name='lion')
+
+
+class MovingAverageTest(parameterized.TestCase):
+  # The decay is (1 + t) / (10 + t) while that is less than 0.9.
+  @parameterized.parameters(
+    (0, True, 0.1), (80, True, 0.9), (500, True, 0.9), (0, False, 0.9)
+  )
+  def test_is_the_decay_s_share_of_old_and_new(self, step, warms_up, decay):
+    new, old = random_params(0), random_params(1)
+    found = optimizer.moving_average(new, old, 0.9, step, warms_up=warms_up)
+    for name in old:
+      expected = decay * old[name] + (1 - decay) * new[name]
+      np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)

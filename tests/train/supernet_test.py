@@ -147,6 +147,27 @@ class DrawTest(parameterized.TestCase):
     error = 5 * np.sqrt(600 * (1 / 3) * (2 / 3))
     np.testing.assert_allclose(counts[1:], 200, rtol=0, atol=error)
 
+  def test_with_replacement_all_pairs_are_as_likely(self):
+    stage = make_stage(
+      create_model(num_buckets=4), num_random=2, with_replacement=True
+    )
+    counts = np.zeros((4, 4))
+    for step in range(900):
+      counts[tuple(s.index for s in stage.draw(step))] += 1
+    # Pairs of different ones come in two orders, and the wider first.
+    expected = 900 / 9 * (2 * np.tri(4, k=-1) + np.eye(4))
+    expected[:, 0] = expected[0] = 0
+    np.testing.assert_allclose(
+      counts, expected, rtol=0, atol=5 * np.sqrt(expected.max())
+    )
+
+  def test_with_replacement_one_is_enough(self):
+    model = create_model(num_buckets=2)
+    stage = make_stage(model, num_random=3, with_replacement=True)
+    assert [s.index for s in stage.draw(0)] == [1, 1, 1]
+    with pytest.raises(ValueError, match='num_random=3, but .* only 1 sub-net'):
+      make_stage(model, num_random=3)
+
   def test_last_bucket_is_not_drawn_where_it_is_the_widest(self):
     model = models.create_abstract_model(
       'ds_mobilenet',
@@ -346,7 +367,9 @@ class EnsembleTest(SupernetTestCase):
 
 
 class AccumulationTest(SupernetTestCase):
-  config = dict(num_random=1, accumulation_steps=2)
+  config = dict(
+    num_random=1, accumulation_steps=2, ema_decay=0.7, ema_warmup=False
+  )
 
   def test_two_micro_batches_give_the_mean_of_their_gradients(self):
     (drawn,) = self.stage.draw(0)
@@ -368,6 +391,12 @@ class AccumulationTest(SupernetTestCase):
     for name in ('loss/widest', f'loss/{drawn.index}', 'loss/0', 'accuracy'):
       mean = (results[0][2][name] + results[1][2][name]) / 2
       np.testing.assert_allclose(metrics[name], mean, rtol=1e-5)
+    # From the first step on, since the average does not warm up.
+    average = {
+      path: 0.7 * self.teacher.params[path] + 0.3 * array
+      for path, array in expected.items()
+    }
+    assert_close(new.network.params, average)
     # The second half's statistics come after the first's: both leave a tenth.
     start = np.asarray(self.variables.batch_stats['stem_norm/mean'])[1]
     moved = [(r[1]['stem_norm/mean'][1] - 0.9 * start) / 0.1 for r in results]
