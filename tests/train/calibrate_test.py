@@ -36,12 +36,14 @@ def make_batches():
   ]
 
 
-def calibrated(model, variables, batches, num_devices=1, executor='pjit'):
+def calibrated(
+  model, variables, batches, num_devices=1, executor='pjit', momentum=None
+):
   """The network after a step for each batch."""
   executor = parallel.Executor(
     parallel.ParallelConfig(executor), jax.devices()[:num_devices]
   )
-  config = calibrate.CalibrateConfig(num_batches=len(batches))
+  config = calibrate.CalibrateConfig(len(batches), momentum)
   stage = calibrate.Calibrate(config, model, normalize, executor=executor)
   assert stage.num_steps == len(batches)
   state = stage.init(variables)
@@ -151,14 +153,19 @@ BLOCKS = dict(
 
 class GateNormTest(parameterized.TestCase):
   @parameterized.parameters(
-    ('ds_mobilenet', OWN_GATE, False), ('ds_vit_cifar', BLOCKS, True)
+    ('ds_mobilenet', OWN_GATE, None, [1 / 3, 1 / 3, 1 / 3]),
+    ('ds_vit_cifar', BLOCKS, None, [1 / 3, 1 / 3, 1 / 3]),
+    # A quarter of each batch, but for the first.
+    ('ds_vit_cifar', BLOCKS, 0.25, [9 / 16, 3 / 16, 4 / 16]),
   )
-  def test_is_the_mean_of_the_batches_moments(self, name, options, is_alone):
+  def test_is_a_mean_of_the_batches_moments(
+    self, name, options, momentum, shares
+  ):
     model = models.create_abstract_model(name, 3, **options)
     variables, batches = random_variables(model), make_batches()
-    network = calibrated(model, variables, batches)
+    network = calibrated(model, variables, batches, momentum)
     norm = {'slim/norm/mean', 'slim/norm/variance'}
-    assert (network.batch_stats.keys() == norm) == is_alone
+    assert (network.batch_stats.keys() == norm) == (options is BLOCKS)
     architecture = models.Architecture(model)
 
     @jax.jit
@@ -178,7 +185,7 @@ class GateNormTest(parameterized.TestCase):
       ('mean', 'variance'), zip(*moments, strict=True), strict=True
     ):
       path = f'slim/norm/{kind}'
-      expected = np.mean(values, 0)
+      expected = np.average(values, 0, weights=shares)
       (found,) = np.asarray(network.batch_stats[path])
       np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
       # Not what was there, nor what one batch would leave.
