@@ -10,6 +10,7 @@ import inspect
 import jax
 from flax import nnx
 
+from ds_jax.models import initial
 from ds_jax.models.functional import (
   Architecture,
   Arrays,
@@ -249,7 +250,12 @@ def list_models() -> list[str]:
 
 
 def create_model(
-  name: str, num_classes: int = 1000, *, seed: int = 0, **options
+  name: str,
+  num_classes: int = 1000,
+  *,
+  seed: int = 0,
+  init: str = 'lecun',
+  **options,
 ):
   """Makes a supernet with fresh weights.
 
@@ -257,6 +263,8 @@ def create_model(
     name: one of `list_models()`.
     num_classes: outputs of the classifier.
     seed: of the initial weights.
+    init: their distribution, `lecun`, `fan_out` or `truncated_normal`; see
+      `initial.redraw`.
     **options: replace the named model's own, for example `dtype='bfloat16'` or
       `dropout_rate=0.2`; see the family's class.
 
@@ -266,21 +274,26 @@ def create_model(
   Raises:
     ValueError: for an unknown name or option.
   """
-  build = _builder(name, num_classes, seed, options)
+  build = _builder(name, num_classes, seed, init, options)
   graph, _ = nnx.split(nnx.eval_shape(build))
   # Jitted, since one small program for each weight takes far longer.
   return nnx.merge(graph, jax.jit(lambda: nnx.state(build()))())
 
 
 def create_abstract_model(
-  name: str, num_classes: int = 1000, *, seed: int = 0, **options
+  name: str,
+  num_classes: int = 1000,
+  *,
+  seed: int = 0,
+  init: str = 'lecun',
+  **options,
 ):
   """Makes a supernet without weights: `jax.ShapeDtypeStruct`s in their place.
 
   Enough for `cost`, and for `Architecture`, which brings arrays to it. See
   `create_model` for the rest.
   """
-  return nnx.eval_shape(_builder(name, num_classes, seed, options))
+  return nnx.eval_shape(_builder(name, num_classes, seed, init, options))
 
 
 def image_size(name: str) -> int:
@@ -296,7 +309,7 @@ def size_options(name: str, image_size: int) -> dict[str, int]:
   return {'image_size': image_size} if fixed else {}
 
 
-def _builder(name, num_classes, seed, options):
+def _builder(name, num_classes, seed, init, options):
   """Returns a function that makes the model, once its options are known."""
   if name not in _FAMILIES:
     raise ValueError(
@@ -310,8 +323,15 @@ def _builder(name, num_classes, seed, options):
   if unknown:
     raise ValueError(
       f'Unknown option {unknown[0]!r} of model {name!r}; expected'
-      f' {", ".join(sorted(known))}.'
+      f' {", ".join(sorted({*known, "init"}))}.'
     )
-  return lambda: family(
-    num_classes=num_classes, rngs=nnx.Rngs(seed), **{**defaults, **options}
-  )
+
+  def build():
+    rngs = nnx.Rngs(seed)
+    model = family(
+      num_classes=num_classes, rngs=rngs, **{**defaults, **options}
+    )
+    initial.redraw(model, init, rngs)
+    return model
+
+  return build
