@@ -6,12 +6,13 @@ from nothing else.
 
 An operation of RandAugment takes a signed level: magnitude / 10, negated for
 half of the applications. The two directions of a symmetric operation are as
-likely; the others go by the absolute value. A higher magnitude is never milder,
-which timm calls "increasing".
+likely; the others go by the absolute value. In `OPERATIONS` a higher magnitude
+is never milder, which timm calls "increasing"; in `FALLING_OPERATIONS` it is,
+for some.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -31,20 +32,26 @@ _MAX_SHEAR = 0.3  # pixels a row or column
 _MAX_TRANSLATION = 0.45  # of the side
 _MAX_ENHANCEMENT = 0.9  # a factor is 1 plus or minus this
 _MAX_LOST_BITS = 4  # beyond the four that level 0 loses
+_MAX_ADDED = 110
+_DARK = 128  # what is less is added to
 
 _FILL = (128, 128, 128)
 _JITTERED = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 _ERASED_AREA = (0.02, 1 / 3)
-_ERASED_RATIO = (0.3, 3.3)
+_ERASED_RATIO = (0.3, 1 / 0.3)
 
 
 def rand_augment(
-  image: np.ndarray, rng: np.random.Generator, num_layers: int, magnitude: float
+  image: np.ndarray,
+  rng: np.random.Generator,
+  num_layers: int,
+  magnitude: float,
+  increasing: bool = True,
 ) -> np.ndarray:
   """Applies random operations one after another, half of them on average.
 
   Cubuk et al., "RandAugment" (2020), in timm's variant: each layer applies one
-  of `OPERATIONS`, all as likely, with probability 1/2, at a magnitude drawn
+  of 15 operations, all as likely, with probability 1/2, at a magnitude drawn
   from a normal distribution around the given one, of standard deviation 0.5,
   clipped to 0 .. 10.
 
@@ -53,11 +60,14 @@ def rand_augment(
     rng: gives operations and magnitudes.
     num_layers: how often an operation is drawn; 2 is usual.
     magnitude: 0 .. 10; 9 is usual.
+    increasing: whether the operations are `OPERATIONS`, as in DeiT's recipe, or
+      `FALLING_OPERATIONS`, as in that of the authors' release.
 
   Returns:
     uint8 (H, W, 3); what moves in from outside the image is grey.
   """
-  operations = tuple(OPERATIONS.values())
+  operations = OPERATIONS if increasing else FALLING_OPERATIONS
+  operations = tuple(operations.values())
   for _ in range(num_layers):
     if rng.random() < _LAYER_PROBABILITY:
       operation = operations[rng.integers(len(operations))]
@@ -86,18 +96,25 @@ def color_jitter(
 
 
 def random_erasing(
-  image: np.ndarray, rng: np.random.Generator, probability: float
+  image: np.ndarray,
+  rng: np.random.Generator,
+  probability: float,
+  statistics: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> np.ndarray:
-  """Replaces a random box by noise: every byte of it uniform in 0 .. 255.
+  """Replaces a random box by noise, drawn for every byte of it.
 
   Zhong et al., "Random erasing data augmentation" (2020). The box has 0.02 to
-  1/3 of the image's area, uniformly, and a width / height of 0.3 to 3.3,
+  1/3 of the image's area, uniformly, and a width / height of 0.3 to 1 / 0.3,
   log-uniformly.
 
   Args:
     image: uint8 (H, W, 3).
     rng: decides, and gives the box and the noise.
     probability: of erasing.
+    statistics: None for uniform noise in 0 .. 255; or mean and standard
+      deviation of the data set's channels, each three numbers in units of pixel
+      / 255, for normal noise that has them: of mean 0 and deviation 1 once
+      images are normalised, but for what is cut off at 0 and 255.
 
   Returns:
     uint8 (H, W, 3): the image itself if nothing is erased, which is also so
@@ -112,10 +129,19 @@ def random_erasing(
     return image
   top, left, height, width = box
   erased = image.copy()
-  erased[top : top + height, left : left + width] = rng.integers(
-    256, size=(height, width, 3), dtype=np.uint8
+  erased[top : top + height, left : left + width] = _noise(
+    rng, (height, width, 3), statistics
   )
   return erased
+
+
+def _noise(rng, shape, statistics) -> np.ndarray:
+  """Draws uint8 noise; see `random_erasing`."""
+  if statistics is None:
+    return rng.integers(256, size=shape, dtype=np.uint8)
+  mean, std = np.asarray(statistics)
+  pixels = 255 * (mean + std * rng.standard_normal(shape))
+  return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
 def _random_level(rng: np.random.Generator, magnitude: float) -> float:
@@ -163,6 +189,23 @@ def _solarize(image: np.ndarray, level: float) -> np.ndarray:
   return np.where(image < threshold, image, 255 - image)
 
 
+def _solarize_add(image: np.ndarray, level: float) -> np.ndarray:
+  """Adds to dark values: nothing at level 0, 110 at 1."""
+  added = np.minimum(image.astype(int) + int(abs(level) * _MAX_ADDED), 255)
+  return np.where(image < _DARK, added, image).astype(np.uint8)
+
+
+def _posterize_falling(image: np.ndarray, level: float) -> np.ndarray:
+  """Clears low bits: all eight at level 0, four at 1."""
+  num_kept = int(abs(level) * _MAX_LOST_BITS)
+  return image & (256 - 2 ** (8 - num_kept))
+
+
+def _solarize_falling(image: np.ndarray, level: float) -> np.ndarray:
+  """Inverts values from a threshold on: 0 at level 0, 256 at 1."""
+  return np.where(image < int(abs(level) * 256), image, 255 - image)
+
+
 def _enhance(enhancer, image: np.ndarray, factor: float) -> np.ndarray:
   """Scales the distance from a dull image: Pillow's `ImageEnhance`.
 
@@ -175,6 +218,11 @@ def _enhance(enhancer, image: np.ndarray, factor: float) -> np.ndarray:
 def _enhance_by_level(enhancer, image: np.ndarray, level: float) -> np.ndarray:
   """Enhances by a factor from 0.1, at level -1, to 1.9, at 1."""
   return _enhance(enhancer, image, 1 + level * _MAX_ENHANCEMENT)
+
+
+def _enhance_falling(enhancer, image: np.ndarray, level: float) -> np.ndarray:
+  """Enhances by a factor from 0.1, at level 0, to 1.9, at 1."""
+  return _enhance_by_level(enhancer, image, 2 * abs(level) - 1)
 
 
 def _transform(image: np.ndarray, *matrix: float) -> np.ndarray:
@@ -215,6 +263,7 @@ OPERATIONS: dict[str, Operation] = {
   'rotate': _rotate,
   'posterize': _posterize,
   'solarize': _solarize,
+  'solarize_add': _solarize_add,
   'color': functools.partial(_enhance_by_level, ImageEnhance.Color),
   'contrast': functools.partial(_enhance_by_level, ImageEnhance.Contrast),
   'brightness': functools.partial(_enhance_by_level, ImageEnhance.Brightness),
@@ -223,4 +272,14 @@ OPERATIONS: dict[str, Operation] = {
   'shear_y': _shear_y,
   'translate_x': _translate_x,
   'translate_y': _translate_y,
+}
+
+FALLING_OPERATIONS: dict[str, Operation] = {
+  **OPERATIONS,
+  'posterize': _posterize_falling,
+  'solarize': _solarize_falling,
+  'color': functools.partial(_enhance_falling, ImageEnhance.Color),
+  'contrast': functools.partial(_enhance_falling, ImageEnhance.Contrast),
+  'brightness': functools.partial(_enhance_falling, ImageEnhance.Brightness),
+  'sharpness': functools.partial(_enhance_falling, ImageEnhance.Sharpness),
 }

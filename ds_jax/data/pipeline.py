@@ -54,8 +54,11 @@ class DataConfig:
     randaugment_layers: operations of `rand_augment` on a training image; 0 is
       off, 2 is usual.
     randaugment_magnitude: of those, 0 .. 10.
+    randaugment_increasing: whether none of them is milder for a higher one.
     color_jitter: range of training's `color_jitter` about 1; 0 is off.
     erasing_probability: of `random_erasing` in training; 0 is off.
+    erasing_noise: 'uniform' in 0 .. 255, or 'normal' with the mean and the
+      deviation of the data set's channels (`channel_statistics`).
     gate_share: of the train split, held out from Stage I for the gate.
     budget_share: of the train split, held out from all training; thresholds
       of routers are set on it.
@@ -79,8 +82,10 @@ class DataConfig:
   flip: bool = True
   randaugment_layers: int = 0
   randaugment_magnitude: float = 9.0
+  randaugment_increasing: bool = True
   color_jitter: float = 0.0
   erasing_probability: float = 0.0
+  erasing_noise: str = 'uniform'
   gate_share: float = 0.0
   budget_share: float = 0.0
   num_threads: int = 2
@@ -91,6 +96,9 @@ class DataConfig:
       raise ValueError(f'Unknown crop {self.crop!r}; known: {_CROPS}.')
     validation.check_choice(
       'interpolation', self.interpolation, transforms.INTERPOLATIONS
+    )
+    validation.check_choice(
+      'erasing_noise', self.erasing_noise, ('uniform', 'normal')
     )
     low, high = self.crop_scale
     limits = {
@@ -350,12 +358,22 @@ def _augment(
     image = transforms.random_flip(image, rng)
   if config.randaugment_layers:
     image = augment.rand_augment(
-      image, rng, config.randaugment_layers, config.randaugment_magnitude
+      image,
+      rng,
+      config.randaugment_layers,
+      config.randaugment_magnitude,
+      config.randaugment_increasing,
     )
   if config.color_jitter:
     image = augment.color_jitter(image, rng, config.color_jitter)
   if config.erasing_probability:
-    image = augment.random_erasing(image, rng, config.erasing_probability)
+    normal = config.erasing_noise == 'normal'
+    image = augment.random_erasing(
+      image,
+      rng,
+      config.erasing_probability,
+      sources.channel_statistics(config.name) if normal else None,
+    )
   return image
 
 

@@ -19,8 +19,11 @@ def random_image(height=24, width=20, seed=0, low=0, high=256):
   return rng.integers(low, high, (height, width, 3), np.uint8)
 
 
-def apply(name, image, level):
-  result = augment.OPERATIONS[name](image, level)
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+
+
+def apply(name, image, level, operations=None):
+  result = (operations or augment.OPERATIONS)[name](image, level)
   assert result.shape == image.shape and result.dtype == np.uint8
   return result
 
@@ -58,16 +61,18 @@ def sampled(plane, rows, columns):
 
 
 class OperationsTest(parameterized.TestCase):
-  def test_set_is_timms_without_adding_to_dark_pixels(self):
-    assert sorted(augment.OPERATIONS) == sorted(
+  @parameterized.parameters('OPERATIONS', 'FALLING_OPERATIONS')
+  def test_set_is_timms(self, operations):
+    assert sorted(getattr(augment, operations)) == sorted(
       [
         *('autocontrast', 'equalize', 'invert', 'posterize', 'solarize'),
+        'solarize_add',
         *SYMMETRIC,
         *GEOMETRIC,
       ]
     )
 
-  @parameterized.parameters(*SYMMETRIC, *GEOMETRIC, 'solarize')
+  @parameterized.parameters(*SYMMETRIC, *GEOMETRIC, 'solarize', 'solarize_add')
   def test_level_zero_changes_nothing(self, name):
     image = random_image()
     np.testing.assert_array_equal(apply(name, image, 0.0), image)
@@ -82,7 +87,7 @@ class OperationsTest(parameterized.TestCase):
     np.testing.assert_array_equal(image, random_image())
     np.testing.assert_array_equal(result, apply(name, mirrored.copy(), level))
 
-  @parameterized.parameters('posterize', 'solarize')
+  @parameterized.parameters('posterize', 'solarize', 'solarize_add')
   def test_one_sided_operations_ignore_the_sign(self, name):
     image = random_image()
     for level in (0.2, 0.9):
@@ -102,20 +107,50 @@ class ValuesTest(parameterized.TestCase):
   def test_posterize_keeps_fewer_high_bits_the_higher_the_level(
     self, level, num_kept
   ):
-    image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    result = apply('posterize', image, level)
-    bits, kept = np.unpackbits(image, -1), np.unpackbits(result, -1)
+    self.check_kept(apply('posterize', RAMP, level), num_kept)
+
+  def check_kept(self, result, num_kept):
+    bits, kept = np.unpackbits(RAMP, -1), np.unpackbits(result, -1)
     bits, kept = bits.reshape(256, 3, 8), kept.reshape(256, 3, 8)
     np.testing.assert_array_equal(kept[..., :num_kept], bits[..., :num_kept])
     assert not kept[..., num_kept:].any()
+
+  # The release's -m9 keeps three bits.
+  @parameterized.parameters((0.0, 0), (0.5, 2), (0.9, 3), (-0.9, 3), (1.0, 4))
+  def test_falling_posterize_keeps_more_bits_the_higher_the_level(
+    self, level, num_kept
+  ):
+    falling = augment.FALLING_OPERATIONS
+    self.check_kept(apply('posterize', RAMP, level, falling), num_kept)
+
+  # And inverts from 230 on.
+  @parameterized.parameters((0.0, 0), (0.5, 128), (-0.9, 230), (1.0, 256))
+  def test_falling_solarize_has_a_threshold_that_rises(self, level, threshold):
+    result = apply('solarize', RAMP, level, augment.FALLING_OPERATIONS)
+    for value, solarized in zip(RAMP.ravel(), result.ravel(), strict=True):
+      assert solarized == (value if value < threshold else 255 - value)
+
+  @parameterized.product(
+    name=['color', 'contrast', 'brightness'], level=[-0.9, 0.0, 0.4, 0.9]
+  )
+  def test_falling_enhancement_is_by_0_1_to_1_9(self, name, level):
+    image = random_image()
+    expected = np.round(enhanced(name, image, 0.1 + 1.8 * abs(level)))
+    result = apply(name, image, level, augment.FALLING_OPERATIONS)
+    np.testing.assert_allclose(result, expected, atol=1)
+
+  @parameterized.parameters((0.5, 55), (-0.9, 99), (1.0, 110))
+  def test_solarize_add_brightens_what_is_dark(self, level, added):
+    result = apply('solarize_add', RAMP, level)
+    for value, brighter in zip(RAMP.ravel(), result.ravel(), strict=True):
+      assert brighter == int(value) + (added if value < 128 else 0)
 
   @parameterized.parameters((0.0, 256), (0.5, 128), (0.9, 26), (1.0, 0))
   def test_solarize_inverts_from_a_threshold_that_falls_with_level(
     self, level, threshold
   ):
-    image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    result = apply('solarize', image, level)
-    for value, solarized in zip(image.ravel(), result.ravel(), strict=True):
+    result = apply('solarize', RAMP, level)
+    for value, solarized in zip(RAMP.ravel(), result.ravel(), strict=True):
       assert solarized == (value if value < threshold else 255 - value)
 
   def test_autocontrast_stretches_each_channel(self):
@@ -275,7 +310,7 @@ class RandAugmentTest(parameterized.TestCase):
     assert abs(counts[1] - 700) < 95 and abs(counts[0] - 350) < 81
     assert set(counts) == {0, 1, 2}
     names = collections.Counter(name for name, _ in self.calls)
-    assert len(names) == 14 and min(names.values()) > 55
+    assert len(names) == 15 and min(names.values()) > 55
     assert max(names.values()) < 145
 
   @parameterized.parameters((5.0, 0.5), (9.0, 0.9), (0.0, 0.0), (10.0, 1.0))
@@ -300,6 +335,22 @@ class RandAugmentTest(parameterized.TestCase):
     for name, level in calls:
       expected = augment.OPERATIONS[name](expected, level)
     np.testing.assert_array_equal(result, expected)
+
+  def test_falling_operations_are_as_many_and_drawn_alike(self):
+    names = []
+    falling = augment.FALLING_OPERATIONS
+    for name in falling:
+
+      def record(image, level, name=name):
+        del level
+        names.append(name)
+        return image
+
+      self.enterContext(mock.patch.dict(falling, {name: record}))
+    for increasing in (True, False):
+      rng = np.random.default_rng(0)
+      augment.rand_augment(random_image(4, 4), rng, 50, 9.0, increasing)
+    assert names == [name for name, _ in self.calls] and len(set(names)) > 5
 
   def test_seed_decides_and_shape_stays(self):
     image = random_image(17, 23)
@@ -392,7 +443,7 @@ class RandomErasingTest(parameterized.TestCase):
       lefts.append(left / (160 - width) if width < 160 else 0.5)
     # Sides are whole pixels, so the ends of the ranges give a little.
     assert 0.019 < min(areas) < 0.03 and 0.31 < max(areas) < 0.34
-    assert 0.29 < min(ratios) < 0.33 and 2.9 < max(ratios) < 3.45
+    assert 0.29 < min(ratios) < 0.33 and 2.9 < max(ratios) < 3.5
     assert abs(np.mean(areas) - (0.02 + 1 / 3) / 2) < 0.03
     for places in (tops, lefts):
       assert min(places) < 0.05 and max(places) > 0.95
@@ -406,6 +457,33 @@ class RandomErasingTest(parameterized.TestCase):
     noise = erased[top : top + height, left : left + width].reshape(-1, 3)
     assert abs(noise.mean() - 127.5) < 2 and abs(noise.std() - 73.9) < 2
     assert len(np.unique(noise)) == 256
+    correlation = np.corrcoef(noise.T) - np.eye(3)
+    assert abs(correlation).max() < 0.05
+
+  def test_normal_noise_has_the_data_set_s_statistics(self):
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    image = np.zeros((300, 300, 3), np.uint8)
+    erased = augment.random_erasing(
+      image, np.random.default_rng(0), 1.0, (mean, std)
+    )
+    top, left, height, width, _ = self.box(image, erased)
+    noise = erased[top : top + height, left : left + width].reshape(-1, 3)
+    assert len(noise) > 5000
+    normalised = (noise / 255 - mean) / std
+    for channel, values in enumerate(normalised.T):
+      # Cut where bytes end: 0.018 to 0.036 lie beyond each end.
+      low, high = ((end - mean[channel]) / std[channel] for end in (0, 1))
+      expected = np.clip(
+        np.random.RandomState(channel).normal(size=10**6), low, high
+      )
+      error = 5 * expected.std() / np.sqrt(len(noise))
+      assert abs(values.mean() - expected.mean()) < error
+      assert abs(values.std() - expected.std()) < error
+      # Fractions below, by the normal distribution alone.
+      for quantile, share in ((-1, 0.1587), (0, 0.5), (1, 0.8413)):
+        found = (values < quantile).mean()
+        # Bytes are a sixtieth of a deviation apart.
+        assert abs(found - share) < 0.01 + 2.5 / np.sqrt(len(noise))
     correlation = np.corrcoef(noise.T) - np.eye(3)
     assert abs(correlation).max() < 0.05
 

@@ -374,14 +374,23 @@ class AugmentationTest(parameterized.TestCase):
     take(data.train_batches(CONFIG, seed=0, num_views=2), 2)
 
   @parameterized.parameters(
-    ({'randaugment_layers': 2}, 'rand_augment', (2, 9.0)),
+    ({'randaugment_layers': 2}, 'rand_augment', (2, 9.0, True)),
     (
-      {'randaugment_layers': 3, 'randaugment_magnitude': 4.0},
+      {
+        'randaugment_layers': 3,
+        'randaugment_magnitude': 4.0,
+        'randaugment_increasing': False,
+      },
       'rand_augment',
-      (3, 4.0),
+      (3, 4.0, False),
     ),
     ({'color_jitter': 0.3}, 'color_jitter', (0.3,)),
-    ({'erasing_probability': 0.7}, 'random_erasing', (0.7,)),
+    ({'erasing_probability': 0.7}, 'random_erasing', (0.7, None)),
+    (
+      {'erasing_probability': 0.7, 'erasing_noise': 'normal'},
+      'random_erasing',
+      (0.7, ((0.5,) * 3, (0.5,) * 3)),
+    ),
   )
   def test_option_follows_crop_and_flip(self, options, name, arguments):
     config = dataclasses.replace(CONFIG, num_threads=0, **options)
@@ -518,6 +527,7 @@ class DataConfigTest(parameterized.TestCase):
     {'erasing_probability': -0.1},
     {'erasing_probability': 1.5},
     {'erasing_probability': float('nan')},
+    {'erasing_noise': 'pixel'},
   )
   def test_value_out_of_range_is_refused(self, **options):
     (option,) = options

@@ -163,7 +163,7 @@ class GateNormTest(parameterized.TestCase):
   ):
     model = models.create_abstract_model(name, 3, **options)
     variables, batches = random_variables(model), make_batches()
-    network = calibrated(model, variables, batches, momentum)
+    network = calibrated(model, variables, batches, momentum=momentum)
     norm = {'slim/norm/mean', 'slim/norm/variance'}
     assert (network.batch_stats.keys() == norm) == (options is BLOCKS)
     architecture = models.Architecture(model)
