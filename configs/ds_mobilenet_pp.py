@@ -5,7 +5,9 @@
 
 DIR holds a TFDS copy of imagenet2012 as array_record. Time: not yet run.
 Expected: not yet run; the slice lists are ours, and the paper has no figure for
-them. The recipe is that of `ds_mobilenet.py`.
+them. The recipe is that of `ds_mobilenet.py` but for what is ours: rates that
+change with every step, no cool-down, a target for the MAdds, images held out
+for budgets, and RandAugment whose severities rise with the magnitude.
 """
 
 import ml_collections

@@ -7,11 +7,12 @@ import inspect
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from ds_jax import models, parallel
 from ds_jax.train import experiment as experiments
-from ds_jax.train import gate
+from ds_jax.train import gate, optimizer
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -47,14 +48,15 @@ def test_config_is_read_and_fits_its_model(get_config):
     model,
     experiment.normalize,
     image_size=experiment.dataset.image_size,
-    num_steps=1000,
+    num_steps=round(100 * experiment.gate.num_epochs),
     steps_per_epoch=100,
     seed=0,
     executor=parallel.Executor(devices=jax.devices()[:1]),
   )
   assert experiment.supernet.num_random <= len(model.routing_space) - 1
-  # A run refuses what it holds no images out for.
-  assert 0 < experiment.dataset.budget_share < 0.5
+  # What a gate is to spend is set on images held out.
+  has_target = experiment.gate.target_madds is not None
+  assert has_target == (0 < experiment.dataset.budget_share < 0.5)
   assert (experiment.gate.part == 'gate') == (experiment.dataset.gate_share > 0)
 
 
@@ -86,3 +88,26 @@ def test_a_place_that_the_config_does_not_know_is_named():
   (path,) = (p for p in _CONFIGS if p.stem == 'ds_mobilenet_fashion_mnist')
   with pytest.raises(KeyError, match='nowhere: expected early_gate or late_'):
     _load(path).get_config('nowhere')
+
+
+def test_the_released_recipe_has_the_release_s_rates():
+  """What train.py and timm 0.3.2 make of its configs, epoch by epoch."""
+  (path,) = (path for path in _CONFIGS if path.stem == 'ds_mobilenet')
+  config = _load(path).get_config()
+  for stage, epochs, warmup in (('supernet', 150, 5), ('gate', 30, 0)):
+    settings = config[stage]
+    assert settings.num_epochs == epochs + 10
+    steps = 1281167 // config.dataset.batch_size
+    assert steps == 1281167 // 8 // 64
+    schedule = optimizer.learning_rate_schedule(
+      optimizer.OptimizerConfig(**settings.optimizer),
+      (epochs + 10) * steps,
+      steps,
+    )
+    for epoch in range(epochs + 10):
+      share = (1 + np.cos(np.pi * min(epoch, epochs) / epochs)) / 2
+      expected = 1e-5 + (0.08 - 1e-5) * share
+      if epoch < warmup:
+        expected = 1e-5 + (0.08 - 1e-5) * epoch / warmup
+      for step in (epoch * steps, (epoch + 1) * steps - 1):
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-3)
