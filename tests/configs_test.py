@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import inspect
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -111,3 +112,18 @@ def test_the_released_recipe_has_the_release_s_rates():
         expected = 1e-5 + (0.08 - 1e-5) * epoch / warmup
       for step in (epoch * steps, (epoch + 1) * steps - 1):
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-3)
+
+
+def test_options_that_the_readme_names_for_the_release_are_set_for_it():
+  (path,) = (path for path in _CONFIGS if path.stem == 'ds_mobilenet')
+  readme = (path.parents[1] / 'README.md').read_text()
+  section = readme[readme.index('## Where this differs') :]
+  rows = re.findall(r'^\| .* \| (.*) \|$', section, re.MULTILINE)[1:]
+  names = [name for row in rows for name in re.findall(r'`([\w.]+)`', row)]
+  assert len(names) > 15
+  config = _load(path).get_config().to_dict()
+  sections = {**config, 'optimizer': config['gate']['optimizer']}
+  for name in names:
+    where, _, option = name.rpartition('.')
+    places = [sections[where]] if where else sections.values()
+    assert any(isinstance(p, dict) and option in p for p in places), name
