@@ -47,6 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     crop='resized',
     crop_scale=(0.08, 1.0),  # timm/data/transforms_factory.py
     crop_ratio=0.875,  # train.py: --crop-pct; timm/data/constants.py
+    interpolation='bicubic',  # timm/data/config.py, of evaluation
     flip=True,  # timm/data/loader.py: hflip=0.5
     # STAGE1, GATE: aa: rand-m9-mstd0.5. No 'inc1', hence not increasing; and
     # timm leaves out color_jitter: 0.06 where there is an aa.

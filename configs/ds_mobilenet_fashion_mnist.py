@@ -6,8 +6,8 @@
 DIR holds the four IDX files; on Debian the package `dataset-fashion-mnist`
 installs them in the folder that is the default here. Time: about 35 minutes on
 2 CPU cores, by its pace. Expected: 90.4 to 91.5 top-1 from the narrowest to the
-widest bucket; the gate 91.4 at 59% of the MAdds of the widest, where the line
-between the buckets is at 91.0; a cascade 91.5 at 30% (2026-11-24, with
+widest bucket; the gate 91.4 at 59% of the MAdds of the widest, where the hull
+of the buckets is at 91.0; a cascade 91.5 at 30% (2026-11-24, with
 --config.seed=2 --config.dataset.gate_share=0.1).
 
 With :late_gate after the file's name, the gate comes two blocks later: buckets

@@ -7,7 +7,7 @@ DIR holds the four IDX files; on Debian the package `dataset-fashion-mnist`
 installs them in the folder that is the default here. Time: 35 minutes on 2 CPU
 cores that other work shared. Expected: 89.3 to 90.9 top-1 from the narrowest to
 the widest bucket; the gate 90.6 at 57% of the MAdds of the widest, where the
-line between the buckets is at 90.2; a cascade 90.9 at 40% (measured by this
+hull of the buckets is at 90.2; a cascade 90.9 at 40% (measured by this
 command, 2026-11-24, seed 0).
 """
 

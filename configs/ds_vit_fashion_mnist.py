@@ -6,7 +6,7 @@
 DIR holds the four IDX files; on Debian the package `dataset-fashion-mnist`
 installs them in the folder that is the default here. Time: 20 to 30 minutes on
 2 CPU cores. Expected: 85.6 to 88.0 top-1 from the narrowest to the widest
-bucket; routed 87.9 at 56% of the MAdds of the widest, where the line between
+bucket; routed 87.9 at 56% of the MAdds of the widest, where the hull of
 the buckets is at 87.0; a cascade 88.0 at 45% (2026-11-26, seed 0; on another
 kind of CPU the same seed gave 85.3 to 87.9, routed 87.6, a cascade 87.9 at
 half).

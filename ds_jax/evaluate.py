@@ -210,8 +210,8 @@ def results(
   Returns:
     `subnets`, one row a sub-network; `buckets`, the indices of those that are
     routed to; `routed`, the gate as a `Predictor` uses it; at its mean MAdds
-    `static_line` (the straight line between the static sub-networks) and
-    `best_static` (the best at the same or lower MAdds);
+    `static_hull` (the best coin between the buckets) and `best_static` (the
+    best bucket at the same or lower MAdds);
     `random`, a router with the gate's shares and no eyes; `oracle`, which takes
     the cheapest right bucket, or the first where none is right; `routers`, each
     router's `Point`s over the range of budgets; `ensemble`, whether averaging
@@ -230,7 +230,7 @@ def results(
     'subnets': rows,
     'buckets': list(costs.indices),
     'routed': routed,
-    **_at_equal_cost(routed, buckets),
+    **_at_equal_cost(routed, buckets, sweep.outcomes.right, costs),
     'oracle': _oracle(sweep.outcomes.right, costs),
     'budgets_set_on': 'test images' if held_out is None else 'held-out images',
     'routers': _router_rows(
@@ -273,13 +273,13 @@ def _routed_row(routed, costs):
   }
 
 
-def _at_equal_cost(routed, buckets):
-  """The line, the best bucket and the coin at the gate's MAdds."""
-  madds = [row['madds'] for row in buckets]
+def _at_equal_cost(routed, buckets, right, costs):
+  """The hull, the best bucket and the gate's shares at the gate's MAdds."""
   top1 = [row['top1'] for row in buckets]
+  hull = routing.static_hull(routed['madds'], right, costs)
   return {
-    'static_line': {
-      'top1': float(np.interp(routed['madds'], madds, top1)),
+    'static_hull': {
+      'top1': float(hull.mean()),
       'madds': routed['madds'],
     },
     'best_static': _best_static(buckets, routed['madds']),

@@ -4,9 +4,10 @@ import json
 import math
 import pathlib
 
+import numpy as np
 from absl import logging
 
-from ds_jax import evaluate
+from ds_jax import evaluate, routing
 
 # Shares of the dearest bucket's MAdds that the table shows.
 _SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -59,17 +60,17 @@ def _subnet_lines(results):
 
   for row in results['subnets']:
     add(f'subnet {row["index"]}', row)
-  for name in ('routed', 'static_line', 'best_static', 'random', 'oracle'):
+  for name in ('routed', 'static_hull', 'best_static', 'random', 'oracle'):
     add(name, results[name])
   return lines
 
 
 def _router_lines(results):
-  """Top-1, and the gain over the line, at shares of the dearest's MAdds."""
+  """Top-1, and the gain over the hull, at shares of the dearest's MAdds."""
   dearest = _dearest(results)
   lines = [
     "Top-1 % at a share of the dearest bucket's MAdds, and the gain over the"
-    f' line; budgets set on the {results["budgets_set_on"]}.',
+    f' hull; budgets set on the {results["budgets_set_on"]}.',
     ' ' * 22 + ''.join(f'{share:>14.0%}' for share in _SHARES),
   ]
   for name, points in results['routers'].items():
@@ -106,6 +107,8 @@ def _buckets(results):
 def plot(results: evaluate.Results, path: pathlib.Path) -> None:
   """Draws top-1 against MAdds for the buckets, every router and the oracle.
 
+  The buckets have their hull, what the best coin between them gets.
+
   Args:
     results: of `evaluate.results`.
     path: of the image; its ending tells the format.
@@ -120,11 +123,10 @@ def plot(results: evaluate.Results, path: pathlib.Path) -> None:
   canvas = figure.Figure(figsize=(8, 4), layout='constrained')
   axes = canvas.subplots()
   buckets = _buckets(results)
-  axes.plot(
-    [row['madds'] / dearest for row in buckets],
-    [100 * row['top1'] for row in buckets],
-    'ko-',
-    label='static sub-networks',
+  _plot_static(
+    axes,
+    np.array([row['madds'] / dearest for row in buckets]),
+    np.array([100 * row['top1'] for row in buckets]),
   )
   for name, points in results['routers'].items():
     axes.errorbar(
@@ -145,3 +147,10 @@ def plot(results: evaluate.Results, path: pathlib.Path) -> None:
   axes.set_ylabel('top-1, %')
   canvas.legend(loc='outside right upper')
   canvas.savefig(path, dpi=120)
+
+
+def _plot_static(axes, madds, top1):
+  axes.plot(madds, top1, 'ko', label='static sub-networks')
+  corners = routing.hull_corners(madds, top1)
+  hull = np.interp(madds, madds[corners], top1[corners])
+  axes.plot(madds, hull, 'k-', label='hull')

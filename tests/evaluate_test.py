@@ -122,11 +122,12 @@ class ResultsTest(parameterized.TestCase):
     assert routed['shares'] == [0.4, 0.2, 0.4]
     assert self.results['num_images'] == 5
 
-  def test_static_line_lies_between_the_neighbours(self):
-    # 24 MAdds are a fifth of the way from 20 (2 right) to 40 (3 right).
-    line = self.results['static_line']
-    np.testing.assert_allclose(line['top1'], 0.4 + 0.2 * 0.2, rtol=1e-12)
-    assert line['madds'] == 24
+  def test_static_hull_is_the_best_coin(self):
+    # 24 MAdds are 14 of the 30 from 10 (2 right) to 40 (3 right); the second
+    # bucket, at 20, is right as often as the first.
+    hull = self.results['static_hull']
+    np.testing.assert_allclose(hull['top1'], 0.4 + 0.2 * 14 / 30, rtol=1e-12)
+    assert hull['madds'] == 24
 
   def test_best_static_costs_no_more(self):
     assert self.results['best_static'] == {'index': 0, 'madds': 10, 'top1': 0.4}
@@ -198,21 +199,21 @@ class ResultsTest(parameterized.TestCase):
       np.testing.assert_allclose(point['top1'], right[count] / 5, rtol=1e-12)
     assert {p['madds'] for p in points.values()} == {10, 17, 24, 31, 38}
 
-  def test_a_point_is_held_against_the_line_and_the_oracle(self):
+  def test_a_point_is_held_against_the_hull_and_the_oracle(self):
     point = points_of(self.results, 'cascade, margin')[38]
-    # 38 MAdds are nine tenths of the way from 20 (2 right) to 40 (3 right);
-    # enough for the oracle to mend what can be, at 18 MAdds in all.
+    # 38 MAdds are 28 of the 30 from 10 (2 right) to 40 (3 right); enough for
+    # the oracle to mend what can be, at 18 MAdds in all.
     expected = {
       'budget': 38,
       'madds': 38,
       'madds_error': 35 * np.sqrt(0.8 * 0.2 / 5),
       'top1': 0.6,
-      'line': 0.58,
+      'hull': 0.4 + 0.2 * 28 / 30,
       'oracle': 0.8,
-      'gain': 0.02,
-      # Per image: 1 - 1, 1 - 1, 1 - 0.9, 0 - 0, 1 - 0.
-      'gain_error': np.std([0, 0, 0.1, 0, 0]) / np.sqrt(5),
-      'captured': 0.02 / 0.22,
+      'gain': 1 / 75,
+      # Per image: 1 - 1, 1 - 14 / 15, 1 - 14 / 15, 0 - 0, 0 - 1 / 15.
+      'gain_error': np.std([0, 1 / 15, 1 / 15, 0, -1 / 15]) / np.sqrt(5),
+      'captured': 1 / 75 / (0.4 - 0.2 * 28 / 30),
     }
     assert point.keys() == expected.keys()
     for name, value in expected.items():

@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 from unittest import mock
 
+import numpy as np
 import pytest
 from absl.testing import parameterized
 
@@ -19,7 +20,7 @@ def point(budget, top1, gain, oracle=0.9):
     'madds': budget + 1,
     'madds_error': 0.5,
     'top1': top1,
-    'line': top1 - gain,
+    'hull': top1 - gain,
     'oracle': oracle,
     'gain': gain,
     'gain_error': 0.01,
@@ -39,7 +40,7 @@ RESULTS = {
   'routed': {
     'top1': 0.6, 'top5': 0.8, 'madds': 550.0, 'shares': [0.75, 0.25],
   },
-  'static_line': {'top1': 0.53125, 'madds': 550.0},
+  'static_hull': {'top1': 0.53125, 'madds': 550.0},
   'best_static': {'index': 0, 'madds': 400, 'top1': 0.5},
   'random': {'top1': 0.531, 'madds': 550.0},
   'oracle': {'top1': 0.7, 'madds': 460.0, 'shares': [0.9, 0.1]},
@@ -81,7 +82,7 @@ class TableTest(parameterized.TestCase):
     ('subnet 2', ['68.75', '93.75', '2,000', '100.0%']),
     ('routed', ['60.00', '80.00', '550', '27.5%']),
     # These have no top-5.
-    ('static_line', ['53.12', '550', '27.5%']),
+    ('static_hull', ['53.12', '550', '27.5%']),
     ('best_static', ['50.00', '400', '20.0%']),
     ('random', ['53.10', '550', '27.5%']),
     ('oracle', ['70.00', '460', '23.0%']),
@@ -194,6 +195,7 @@ class PlotTest(parameterized.TestCase):
     expected = {
       # The widest network is no bucket.
       'static sub-networks': [[0.4, 50], [1, 62.5]],
+      'hull': [[0.4, 50], [1, 62.5]],
       'gate': [[0.401, 50], [0.601, 61], [1.001, 62.5]],
       'cascade, margin': [[0.801, 61.11]],
       'oracle': [[0.401, 90], [0.601, 90], [1.001, 90]],
@@ -203,6 +205,25 @@ class PlotTest(parameterized.TestCase):
       assert len(lines[label]) == len(points)
       for found, wanted in zip(lines[label], points, strict=True):
         assert found == pytest.approx(wanted, rel=1e-9), label
+
+  def test_the_hull_passes_over_the_buckets_below_it(self):
+    results = copy.deepcopy(RESULTS)
+    results['routed']['shares'] = [0.25, 0.25, 0.25, 0.25]
+    results['subnets'] = [
+      {'madds': madds, 'top1': top1}
+      for madds, top1 in ((400, 0.5), (500, 0.5), (800, 0.6), (1000, 0.55))
+    ]
+    buckets, hull = self.draw(results).lines[:2]
+    assert (buckets.get_label(), hull.get_label()) == (
+      'static sub-networks',
+      'hull',
+    )
+    # No line joins the buckets themselves.
+    assert buckets.get_linestyle() == 'None'
+    np.testing.assert_allclose(buckets.get_ydata(), [50, 50, 60, 55])
+    # A quarter of the way up at 500 MAdds, and never down.
+    np.testing.assert_allclose(hull.get_xdata(), [0.4, 0.5, 0.8, 1])
+    np.testing.assert_allclose(hull.get_ydata(), [50, 52.5, 60, 60])
 
   def test_error_bars_are_the_gain_s(self):
     (container, *_) = self.draw(RESULTS).containers

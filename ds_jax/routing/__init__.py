@@ -1,6 +1,12 @@
 """Routing: which sub-networks run for an image, and what that is worth."""
 
-from ds_jax.routing.analysis import Point, curve, ensemble
+from ds_jax.routing.analysis import (
+  Point,
+  curve,
+  ensemble,
+  hull_corners,
+  static_hull,
+)
 from ds_jax.routing.budget import (
   BudgetError,
   CascadeDial,
@@ -49,12 +55,14 @@ __all__ = [
   'ensemble',
   'gate_at_target',
   'gate_router',
+  'hull_corners',
   'images_held_out',
   'last_bucket',
   'observe',
   'replay',
   'right_answers',
   'route',
+  'static_hull',
   'tiled_dispatch',
   'utility_of',
 ]

@@ -24,11 +24,11 @@ class Point:
     madds: spent on an image, on average.
     madds_error: standard error of that mean.
     top1: share of right answers.
-    line: what the best coin gets for the same MAdds; see `static_line`.
+    hull: what the best coin gets for the same MAdds; see `static_hull`.
     oracle: what the oracle gets for them; see `oracle_top1`.
-    gain: top1 - line.
+    gain: top1 - hull.
     gain_error: standard error of the gain, paired over the images.
-    captured: gain / (oracle - line), the share of what there is to gain; None
+    captured: gain / (oracle - hull), the share of what there is to gain; None
       where there is nothing.
   """
 
@@ -36,31 +36,53 @@ class Point:
   madds: float
   madds_error: float
   top1: float
-  line: float
+  hull: float
   oracle: float
   gain: float
   gain_error: float
   captured: float | None
 
 
-def static_line(
-  madds: float, right: np.ndarray, costs: outcomes_lib.BucketCosts
-) -> np.ndarray:
-  """Returns (N,), how often the coin between two buckets is right on an image.
+def hull_corners(madds: np.ndarray, top1: np.ndarray) -> list[int]:
+  """Returns the buckets at the corners of the upper concave hull.
 
-  The straight line between the static sub-networks on either side of `madds`;
-  past the ends, the sub-network at the end.
+  Each corner costs more than the one before it and is right more often; the
+  last is the cheapest of the best, since a coin need not spend everything.
 
   Args:
-    madds: that the coin spends, on average.
+    madds: (K,) of the buckets.
+    top1: (K,) of the buckets, in any unit.
+  """
+  corners = [int(np.lexsort((-top1, madds))[0])]
+  while (better := np.flatnonzero(top1 > top1[corners[-1]])).size:
+    # No bucket as cheap as the last corner is better, so these are dearer.
+    slopes = (top1[better] - top1[corners[-1]]) / (
+      madds[better] - madds[corners[-1]]
+    )
+    corners.append(int(better[slopes.argmax()]))
+  return corners
+
+
+def static_hull(
+  madds: float, right: np.ndarray, costs: outcomes_lib.BucketCosts
+) -> np.ndarray:
+  """Returns (N,), how often the best coin between buckets is right on an image.
+
+  Mixing static sub-networks reaches the upper concave hull of their costs and
+  accuracies, and no more: between two of its corners, which need not be
+  neighbours, lies a coin between those two. Below the cheapest sub-network it
+  is that one, past the best the best.
+
+  Args:
+    madds: that the coin may spend, on average.
     right: (N, K) bool.
     costs: of the buckets, cheapest first.
   """
-  buckets = costs.buckets
-  above = int(np.clip(np.searchsorted(buckets, madds), 1, len(buckets) - 1))
-  low, high = buckets[above - 1], buckets[above]
-  share = float(np.clip((madds - low) / (high - low), 0, 1))
-  return (1 - share) * right[:, above - 1] + share * right[:, above]
+  # Counts are exact, so that a bucket on the hull's edge is always a corner.
+  corners = hull_corners(costs.buckets, right.sum(0))
+  spent = costs.buckets[corners]
+  shares = [np.interp(madds, spent, one) for one in np.eye(len(corners))]
+  return right[:, corners] @ np.array(shares)
 
 
 def oracle_top1(
@@ -96,7 +118,7 @@ def measure(
   outcomes: outcomes_lib.Outcomes,
   costs: outcomes_lib.BucketCosts,
 ) -> Point:
-  """Holds a router against the line and the oracle.
+  """Holds a router against the hull and the oracle.
 
   Args:
     runs: (N, R), as `replay` gives them.
@@ -107,16 +129,16 @@ def measure(
   spent = costs.of_runs(runs)
   madds = float(spent.mean())
   right = outcomes_lib.right_answers(runs, outcomes)
-  line = static_line(madds, outcomes.right, costs)
-  difference = right - line
+  hull = static_hull(madds, outcomes.right, costs)
+  difference = right - hull
   oracle = oracle_top1(madds, outcomes.right, costs)
-  gain, reach = float(difference.mean()), oracle - float(line.mean())
+  gain, reach = float(difference.mean()), oracle - float(hull.mean())
   return Point(
     budget=float(asked),
     madds=madds,
     madds_error=float(spent.std() / np.sqrt(len(spent))),
     top1=float(right.mean()),
-    line=float(line.mean()),
+    hull=float(hull.mean()),
     oracle=oracle,
     gain=gain,
     gain_error=float(difference.std() / np.sqrt(len(difference))),

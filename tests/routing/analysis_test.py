@@ -1,4 +1,4 @@
-"""What routers are worth, against brute force, `np.interp` and loops."""
+"""What routers are worth, against brute force, linear programmes and loops."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from scipy import optimize
 
 from ds_jax import routing
 from ds_jax.routing import analysis
@@ -33,23 +34,80 @@ def _random_right(num_images, seed=0, shares=(0.5, 0.6, 0.8)):
   return generator.random((num_images, len(shares))) < np.array(shares)
 
 
-class StaticLineTest(parameterized.TestCase):
-  @parameterized.parameters(
-    # Below the ends, at each bucket, between and past them.
-    *(50, 120, 121.7, 140, 160, 200, 399.5, 400, 401, 5000)
+def _best_coin(madds, top1, buckets):
+  """The best that shares of the buckets get, by a linear programme."""
+  found = optimize.linprog(
+    -np.asarray(top1, float),
+    A_ub=[buckets],
+    b_ub=[madds],
+    A_eq=np.ones((1, len(buckets))),
+    b_eq=[1],
   )
-  def test_is_the_interpolation_of_the_accuracies(self, madds):
-    right = _random_right(30)
-    line = analysis.static_line(madds, right, _COSTS)
-    expected = np.interp(madds, [120, 160, 400], right.mean(0))
-    # Float64 sums of 30 numbers up to 1.
-    np.testing.assert_allclose(line.mean(), expected, rtol=0, atol=1e-14)
+  assert found.success
+  return -found.fun
 
-  def test_is_a_coin_between_the_two_buckets_on_each_image(self):
+
+def _right_by_counts(counts, num_images):
+  """(N, K), the first so many images right."""
+  return np.arange(num_images)[:, None] < np.array(counts)
+
+
+class StaticHullTest(parameterized.TestCase):
+  @parameterized.product(seed=(0, 1, 2, 3, 4, 5), num_buckets=(1, 2, 4, 14))
+  def test_is_the_best_that_any_shares_of_the_buckets_get(
+    self, seed, num_buckets
+  ):
+    generator = np.random.default_rng(seed)
+    # Accuracies that rise and fall, and now and then equal ones and costs.
+    right = generator.random((9, num_buckets)) < 0.5
+    branches = np.sort(generator.integers(0, 3 * num_buckets, num_buckets))
+    costs = routing.BucketCosts(7, branches)
+    low, high = costs.buckets[[0, -1]]
+    budgets = [*costs.buckets, *np.linspace(low, high, 7), high + 1, 10 * high]
+    for madds in budgets:
+      hull = analysis.static_hull(madds, right, costs)
+      assert hull.shape == (9,)
+      best = _best_coin(madds, right.mean(0), costs.buckets)
+      # The programme is solved to 1e-7 or better.
+      assert hull.mean() == pytest.approx(best, abs=1e-7)
+
+  def test_mixes_buckets_that_are_no_neighbours(self):
+    # Costs in percent, and answers of 10,000, of a network that was trained.
+    counts = [9015, 9023, 9072, 9092]
+    costs = routing.BucketCosts(20, np.array([2, 15, 42, 80]))
+    right = _right_by_counts(counts, 10_000)
+    assert routing.hull_corners(costs.buckets, right.sum(0)) == [0, 2, 3]
+    hull = analysis.static_hull(40, right, costs).mean()
+    # 18 of the 40 percent from the first to the third; neighbours get 0.9032.
+    assert hull == pytest.approx(0.9015 + 0.0057 * 18 / 40, abs=1e-12)
+
+  def test_never_falls_and_is_the_best_from_there_on(self):
+    right = _right_by_counts([2, 8, 5], 10)
+    assert routing.hull_corners(_COSTS.buckets, right.sum(0)) == [0, 1]
+    for madds in (160, 250, 400, 5000):
+      np.testing.assert_array_equal(
+        analysis.static_hull(madds, right, _COSTS), right[:, 1]
+      )
+
+  def test_below_the_cheapest_it_is_the_cheapest(self):
+    right = _random_right(30)
+    np.testing.assert_array_equal(
+      analysis.static_hull(50, right, _COSTS), right[:, 0]
+    )
+
+  def test_is_a_coin_between_two_buckets_on_each_image(self):
     right = np.array(list(itertools.product([False, True], repeat=3)))
-    line = analysis.static_line(220, right, _COSTS)
-    hand = [0.75 * middle + 0.25 * last for _, middle, last in right]
-    np.testing.assert_array_equal(line, hand)
+    # All are right as often: then the cheapest. One more for the last.
+    right = np.append(right, [[False, False, True]], axis=0)
+    hull = analysis.static_hull(190, right, _COSTS)
+    hand = [0.75 * first + 0.25 * last for first, _, last in right]
+    np.testing.assert_array_equal(hull, hand)
+
+  def test_a_bucket_on_the_edge_is_mixed_with_its_neighbours(self):
+    # 3, 4 and 10 right: on one straight line.
+    right = _right_by_counts([3, 4, 10], 11)
+    hull = analysis.static_hull(220, right, _COSTS)
+    np.testing.assert_array_equal(hull, right[:, 1:] @ [0.75, 0.25])
 
 
 def _best_assignment(madds, right, buckets):
@@ -103,14 +161,14 @@ class OracleTest(parameterized.TestCase):
       answers / 200, abs=1e-12
     )
 
-  def test_never_falls_with_the_budget_nor_below_the_line(self):
-    right = _random_right(50, 3)
+  def test_never_falls_with_the_budget_nor_below_the_hull(self):
+    right = _random_right(50, 3, shares=(0.5, 0.8, 0.6))
     budgets = np.linspace(120, 400, 57)
     oracle = [analysis.oracle_top1(m, right, _COSTS) for m in budgets]
     # Float64 sums of 50 numbers up to 1.
     assert np.all(np.diff(oracle) >= -1e-12)
-    line = [analysis.static_line(m, right, _COSTS).mean() for m in budgets]
-    assert np.all(np.array(oracle) >= np.array(line) - 1e-12)
+    hull = [analysis.static_hull(m, right, _COSTS).mean() for m in budgets]
+    assert np.all(np.array(oracle) >= np.array(hull) - 1e-12)
 
 
 class MeasureTest(parameterized.TestCase):
@@ -121,8 +179,8 @@ class MeasureTest(parameterized.TestCase):
     spent = [120, 160, 400, 120, 120, 160]
     madds = sum(spent) / 6  # 180, a twelfth of the way from 160 to 400
     answers = [1, 1, 1, 1, 0, 1]
-    line = [11 / 12 * r[1] + 1 / 12 * r[2] for r in right]
-    gains = [a - b for a, b in zip(answers, line, strict=True)]
+    hull = [11 / 12 * r[1] + 1 / 12 * r[2] for r in right]
+    gains = [a - b for a, b in zip(answers, hull, strict=True)]
     gain = sum(gains) / 6
     # Of 360 MAdds past the cheapest: two images at 40 each, and the last 280.
     oracle = 5 / 6
@@ -131,18 +189,28 @@ class MeasureTest(parameterized.TestCase):
       madds=180.0,
       madds_error=_error(spent),
       top1=5 / 6,
-      line=sum(line) / 6,
+      hull=sum(hull) / 6,
       oracle=oracle,
       gain=gain,
       gain_error=_error(gains),
-      captured=gain / (oracle - sum(line) / 6),
+      captured=gain / (oracle - sum(hull) / 6),
     )
     assert madds == 180
     for name, value in vars(expected).items():
       # Float64 sums of six numbers.
       assert getattr(point, name) == pytest.approx(value, rel=1e-12), name
 
-  def test_captured_is_one_of_the_oracle_and_none_of_the_line(self):
+  def test_a_bucket_below_the_hull_loses(self):
+    right = _right_by_counts([4, 4, 9], 10)
+    point = analysis.measure(np.ones((10, 1), int), 0, _outcomes(right), _COSTS)
+    # For 160 MAdds a seventh of the images get the last bucket.
+    gains = [r[1] - (6 / 7 * r[0] + 1 / 7 * r[2]) for r in right]
+    # Float64 sums of ten numbers.
+    assert point.gain == pytest.approx(sum(gains) / 10, rel=1e-12)
+    assert point.gain == pytest.approx(-5 / 70, rel=1e-12)
+    assert point.gain_error == pytest.approx(_error(gains), rel=1e-12)
+
+  def test_captured_is_one_of_the_oracle_and_none_of_the_hull(self):
     right = _random_right(100)
     cheapest_right = right.argmax(1)[:, None]
     point = analysis.measure(cheapest_right, 0, _outcomes(right), _COSTS)
@@ -177,7 +245,7 @@ class MeasureTest(parameterized.TestCase):
     assert point.madds == 420
     assert point.madds_error == 0
     # Both are means of the same 40 numbers.
-    assert point.line == pytest.approx(right[:, 2].mean(), abs=1e-15)
+    assert point.hull == pytest.approx(right[:, 2].mean(), abs=1e-15)
     assert point.gain == pytest.approx(0, abs=1e-15)
 
 
@@ -239,7 +307,7 @@ class CurveTest(parameterized.TestCase):
     assert point.top1 == pytest.approx(right.mean(), rel=1e-12)
     assert point.gain_error == pytest.approx(
       _error(
-        right - analysis.static_line(spent.mean(), self.measured.right, _COSTS)
+        right - analysis.static_hull(spent.mean(), self.measured.right, _COSTS)
       ),
       rel=1e-9,
     )
