@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import re
 import signal
 import socket
 import time
@@ -19,6 +21,8 @@ from ds_jax.train import loop
 pytestmark = pytest.mark.slow
 
 _HEARTBEAT = 10
+# Ours, with a device each.
+_FLAGS = re.sub(r'--xla_force_host\S+', '', os.environ['XLA_FLAGS'])
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +47,7 @@ class _Pair:
         '--num_processes=2',
         f'--process_id={i}',
         *(of_second if i else ()),
-        XLA_FLAGS='--xla_backend_optimization_level=0',
+        XLA_FLAGS=_FLAGS,
       )
       for i in range(2)
     ]
