@@ -208,7 +208,7 @@ class PlotTest(parameterized.TestCase):
 
   def test_the_hull_passes_over_the_buckets_below_it(self):
     results = copy.deepcopy(RESULTS)
-    results['routed']['shares'] = [0.25, 0.25, 0.25, 0.25]
+    results['buckets'] = [0, 1, 2, 3]
     results['subnets'] = [
       {'madds': madds, 'top1': top1}
       for madds, top1 in ((400, 0.5), (500, 0.5), (800, 0.6), (1000, 0.55))
