@@ -161,6 +161,12 @@ class Predictor:
     predictor._source = str(paths.expanded(workdir)), restored.step, presliced
     return predictor
 
+  def __copy__(self):
+    """Returns one with the same weights and compiled programs."""
+    other = object.__new__(type(self))
+    other.__dict__.update(self.__dict__)
+    return other
+
   def __reduce__(self):
     """Pickles as the checkpoint that it was restored from, and the router."""
     if self._source is None:

@@ -629,7 +629,10 @@ def test_a_predictor_pickles_as_its_workdir_and_router(run, router):
   images, _ = part_of(config, 'test')
   predictor = ds_jax.Predictor.restore(workdir)
   if router:
-    predictor = predictor.with_budget(fraction=0.9, router=router)
+    whole = predictor
+    predictor = whole.with_budget(fraction=0.9, router=router)
+    # A copy is no pickle: it restores and compiles nothing.
+    assert predictor._route is whole._route
   pickled = pickle.dumps(predictor)
   # No weights.
   assert len(pickled) < 5_000
