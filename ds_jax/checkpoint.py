@@ -151,13 +151,12 @@ class Checkpointer:
       CheckpointError: if there are steps, and none is intact.
     """
     self.wait()
-    steps = hosts.from_first(lambda: _steps(self._directory))
-    if not steps:
+    if not hosts.from_first(lambda: bool(_steps(self._directory))):
       return None
     found: list[Restored] = []
 
     def find():
-      restored, damaged = _newest_intact(self._directory, steps)
+      restored, damaged = _newest_intact(self._directory)
       found.append(restored)
       return [restored.step, sorted(damaged)]
 
@@ -187,7 +186,7 @@ class Checkpointer:
   def _is_intact(self, step):
     def check():
       with contextlib.suppress(CheckpointError):
-        _newest_intact(self._directory, [step])
+        _newest_intact(self._directory, step)
         return True
       return False
 
@@ -231,7 +230,7 @@ def restore(directory: str, step: int | None = None) -> Restored:
 
   Args:
     directory: where a `Checkpointer` saved.
-    step: which step; None means the newest intact one.
+    step: which step; None means the newest intact one, of a run that may go on.
 
   Raises:
     CheckpointError: if there is no such directory or step, or it is damaged.
@@ -243,11 +242,9 @@ def restore(directory: str, step: int | None = None) -> Restored:
     raise CheckpointError(
       f'No checkpoints in {root}: there is {found}. Check the path.'
     )
-  if step is None:
-    return _newest_in_use(root, steps)
-  if step not in steps:
+  if step is not None and step not in steps:
     raise CheckpointError(f'No step {step} in {root}: choose one of {steps}.')
-  return _newest_intact(root, [step])[0]
+  return _newest_intact(root, step)[0]
 
 
 @dataclasses.dataclass
@@ -280,35 +277,37 @@ def _steps(root: epath.Path) -> list[int]:
   return sorted(int(path.name) for path in paths if path.name.isdecimal())
 
 
-def _newest_in_use(root: epath.Path, steps: Sequence[int]) -> Restored:
-  """Returns the newest intact step, of a run that may still be going on.
-
-  It deletes old steps as it saves new ones, perhaps those that are being read.
-  """
-  while True:
-    try:
-      return _newest_intact(root, steps)[0]
-    except CheckpointError:
-      now = _steps(root)
-      if max(now, default=-1) <= max(steps):
-        raise
-      steps = now
-
-
 def _newest_intact(
-  root: epath.Path, steps: Sequence[int]
+  root: epath.Path, only: int | None = None
 ) -> tuple[Restored, dict[int, str]]:
-  """Returns the newest intact step, and why each newer one is not."""
-  damaged = {}
-  for step in sorted(steps, reverse=True):
+  """Returns the newest intact step, or one, and why each newer one is not."""
+  deleted, damaged = [], {}
+
+  def untried():
+    steps = _steps(root) if only is None else [only]
+    return [step for step in steps if step not in (*deleted, *damaged)]
+
+  # Listed anew after each failure: a run that goes on deletes old steps while
+  # they are read, and has saved newer ones by then.
+  while steps := untried():
+    step = steps[-1]
     try:
       return _read(root, step), damaged
     # Orbax raises whatever its parts raise, down to a bare Exception.
     except Exception as error:
+      if not (root / str(step)).is_dir():
+        deleted.append(step)
+        continue
       damaged[step] = _brief(error)
       logging.warning(
         'Step %d in %s is damaged: %s', step, root / str(step), damaged[step]
       )
+  if not damaged:
+    raise CheckpointError(
+      f'The steps {deleted} in {root} were deleted while they were read, and'
+      ' there are no newer ones. If a run goes on there, try again; else put an'
+      ' intact copy in their place.'
+    )
   reasons = ''.join(f'\n  step {k}: {why}' for k, why in damaged.items())
   raise CheckpointError(
     f'No intact checkpoint in {root}:{reasons}\nPut an intact copy in its'

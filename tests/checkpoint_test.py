@@ -498,6 +498,29 @@ class RefusalTest(CheckpointTestCase):
       self.save(make_tree(0), META, {'loss': 1.0})
 
 
+@contextlib.contextmanager
+def deleted_when_read(*saved):
+  """Deletes step 2 as it is to be read, once a run has saved these."""
+  read = checkpoint._read
+
+  def read_late(root, step):
+    if step == 2 and (root / '2').is_dir():
+      for newer in saved:
+        with checkpoint.Checkpointer(folder, keep_last=9) as saver:
+          saver.save(newer, make_tree(newer), META)
+      shutil.rmtree(root / '2')
+    return read(root, step)
+
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    mock.patch.object(checkpoint, '_read', read_late),
+  ):
+    with checkpoint.Checkpointer(folder, keep_last=9) as saver:
+      for step in (1, 2):
+        saver.save(step, make_tree(step), META)
+    yield folder
+
+
 class RunningTest(parameterized.TestCase):
   """Restoring while a run saves new steps and deletes old ones."""
 
@@ -519,6 +542,25 @@ class RunningTest(parameterized.TestCase):
         found = checkpoint.restore(folder)
       assert found.step == 4 and reads == [1, 2, 3, 4]
       assert_same_tree(found.tree, make_tree(4))
+
+  def test_an_older_step_is_not_taken_while_there_is_a_newer_one(self):
+    with deleted_when_read(3) as folder:
+      assert checkpoint.restore(folder).step == 3
+
+  def test_an_evaluation_of_a_run_that_goes_on_looks_again_too(self):
+    with deleted_when_read(3) as folder:
+      shutil.rmtree(pathlib.Path(folder) / '1')
+      with checkpoint.Checkpointer(folder) as reader:
+        assert reader.restore_latest().step == 3
+
+  def test_a_deleted_step_is_not_called_damaged(self):
+    with deleted_when_read() as folder, self.assertNoLogs('absl', 'WARNING'):
+      assert checkpoint.restore(folder).step == 1
+    with (
+      deleted_when_read() as folder,
+      pytest.raises(checkpoint.CheckpointError, match=r'\[2\] in .* deleted'),
+    ):
+      checkpoint.restore(folder, 2)
 
   def test_a_step_that_is_damaged_is_an_error_as_ever(self):
     with tempfile.TemporaryDirectory() as folder:
