@@ -6,27 +6,22 @@ A file states what it wants to; every other field has its default in the
 dataclass that the section fills. A flag's text is read by that field's type.
 """
 
-import ast
 import dataclasses
 import pathlib
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
+
+from ds_jax import fields, paths
 
 # What a flag looks like, and a switch that is turned off.
 _FLAG = re.compile(r'--?config\.([\w.]+)(?:=(.*))?', re.DOTALL)
 _OFF = re.compile(r'--?noconfig\.([\w.]+)')
-_TRUE, _FALSE = ('true', '1', 'yes', 't', 'y'), ('false', '0', 'no', 'f', 'n')
-_FORMS = {
-  bool: ('True or False', 'True'),
-  int: ('a whole number', '3'),
-  float: ('a number', '0.5'),
-  str: ('a text', 'name'),
-}
+
+_Config = TypeVar('_Config')
 
 
 class ConfigError(ValueError):
@@ -49,6 +44,30 @@ class Override:
     return f'--config.{self.field}={self.text}'
 
 
+def read(cls: type[_Config], values: Any, where: str = 'config') -> _Config:
+  """Makes a dataclass, and those in it, of nested dicts.
+
+  Args:
+    cls: the dataclass.
+    values: field to value, or to such a dict.
+    where: what errors call it.
+
+  Raises:
+    ConfigError: for an unknown, missing or impossible field, by its name.
+  """
+  if not isinstance(values, Mapping):
+    raise ConfigError(f'{where}={values!r}: expected a section, a dict.')
+  _check_names(cls, values, where)
+  arguments = {
+    name: _read_field(cls, name, value, f'{where}.{name}')
+    for name, value in values.items()
+  }
+  try:
+    return cls(**arguments)
+  except ValueError as error:
+    raise ConfigError(f'In {where}: {error}') from error
+
+
 def find(name: str) -> str:
   """Returns the path of a config file.
 
@@ -60,7 +79,7 @@ def find(name: str) -> str:
     ConfigError: if there is no such file; it names those that come with ds_jax.
   """
   stem, colon, argument = name.partition(':')
-  path = pathlib.Path(stem).expanduser()
+  path = pathlib.Path(paths.expanded(stem))
   here = pathlib.Path(__file__).parent
   # Installed, and in a clone of the repository.
   shipped = {
@@ -117,7 +136,7 @@ def split_arguments(
       rest.append(argument)
     elif flag[2] is not None:
       overrides.append(Override(flag[1], flag[2]))
-    elif bool in _choices(_type_of(cls, flag[1])):
+    elif bool in fields.choices(_field_of(cls, flag[1])[0]):
       overrides.append(Override(flag[1], 'True'))
     else:
       value = next(arguments, None)
@@ -144,7 +163,10 @@ def override(
       it; the message tells the fields, or the form.
   """
   for given in overrides:
-    value = _parse(given, _type_of(cls, given.field))
+    try:
+      value = fields.parse(given.text, *_field_of(cls, given.field))
+    except ValueError as error:
+      raise ConfigError(f'{given}: {error}') from error
     *sections, last = given.field.split('.')
     node = config
     with config.unlocked():
@@ -156,13 +178,13 @@ def override(
         node[last] = value
 
 
-def _type_of(cls: type, field: str) -> Any:
-  """Returns the type of a field; `Any` below a section of free options."""
-  hint, path = cls, []
+def _field_of(cls: type, field: str) -> tuple[Any, Any]:
+  """Returns a field's type, `Any` below free options, and its default."""
+  hint, default, path = cls, None, []
   for name in field.split('.'):
     section = '.'.join(['config', *path])
     if typing.get_origin(hint) in (dict, Mapping) or hint is Any:
-      return Any
+      return Any, None
     if not dataclasses.is_dataclass(hint):
       raise ConfigError(
         f'Unknown field --config.{field}: {section} is no section but a value.'
@@ -172,89 +194,41 @@ def _type_of(cls: type, field: str) -> Any:
       raise ConfigError(
         f'Unknown field --config.{field}; {section} has {", ".join(hints)}.'
       )
+    default = _default_of(hint, name)
     hint, path = hints[name], [*path, name]
   if dataclasses.is_dataclass(hint):
     raise ConfigError(
       f'--config.{field} is a section; set one of its fields, as in'
       f' --config.{field}.{dataclasses.fields(hint)[0].name}=VALUE.'
     )
-  return hint
+  return hint, default
 
 
-def _choices(hint) -> tuple[Any, ...]:
-  """Returns the types of which a value may be."""
-  if typing.get_origin(hint) in (typing.Union, types.UnionType):
-    return typing.get_args(hint)
-  return (hint,)
+def _default_of(cls: type, name: str) -> Any:
+  default = cls.__dataclass_fields__[name].default
+  return None if default is dataclasses.MISSING else default
 
 
-def _parse(given: Override, hint) -> Any:
-  """Reads a flag's text as a value of a type."""
+def _check_names(cls, values, where):
+  known = {field.name: field for field in dataclasses.fields(cls)}
+  for name in sorted(values.keys() - known.keys()):
+    raise ConfigError(
+      f'Unknown field {where}.{name}; {where} has {", ".join(known)}.'
+    )
+  for name, field in known.items():
+    if (
+      name not in values
+      and field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    ):
+      raise ConfigError(f'Missing field {where}.{name}.')
+
+
+def _read_field(cls, name, value, where):
+  kind = typing.get_type_hints(cls)[name]
+  if dataclasses.is_dataclass(kind):
+    return read(kind, value, where)
   try:
-    literal = ast.literal_eval(given.text.strip())
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
-    literal = given.text
-  if hint is Any:
-    return literal
-  for choice in _choices(hint):
-    found, value = _as_type(choice, literal, given.text)
-    if found:
-      return value
-  forms = [_form_of(choice) for choice in _choices(hint)]
-  expected = ' or '.join(form for form, _ in forms)
-  raise ConfigError(f'{given}: expected {expected}, as in {forms[0][1]}.')
-
-
-def _as_type(hint, literal, text) -> tuple[bool, Any]:
-  """Returns whether a literal is of a type, and the value."""
-  if hint in (None, type(None)):
-    return literal is None or text == '', None
-  if hint is bool:
-    word = text.strip().lower()
-    return word in _TRUE + _FALSE, word in _TRUE
-  if hint is int:
-    is_whole = isinstance(literal, (int, float)) and float(literal).is_integer()
-    is_whole = is_whole and not isinstance(literal, bool)
-    return is_whole, int(literal) if is_whole else None
-  if hint is float:
-    is_number = isinstance(literal, (int, float))
-    is_number = is_number and not isinstance(literal, bool)
-    return is_number, float(literal) if is_number else None
-  if hint is str:
-    is_quoted = isinstance(literal, str)
-    # A name may look like a number, but not like nothing.
-    return literal is not None, literal if is_quoted else text
-  if typing.get_origin(hint) in (dict, Mapping):
-    return isinstance(literal, dict), literal
-  return _as_tuple(hint, literal)
-
-
-def _as_tuple(hint, literal) -> tuple[bool, Any]:
-  inner = typing.get_args(hint)
-  if not isinstance(literal, (tuple, list)):
-    return False, None
-  if not inner or inner[-1] is Ellipsis or len(inner) == 1:
-    inner = (inner[0] if inner else Any,) * len(literal)
-  if len(inner) != len(literal):
-    return False, None
-  pairs = [
-    (True, item) if kind is Any else _as_type(kind, item, str(item))
-    for kind, item in zip(inner, literal, strict=True)
-  ]
-  return all(fits for fits, _ in pairs), tuple(value for _, value in pairs)
-
-
-def _form_of(hint) -> tuple[str, str]:
-  """Returns what is expected of a type, and an example."""
-  if hint in (None, type(None)):
-    return 'None', 'None'
-  if hint in _FORMS:
-    return _FORMS[hint]
-  if typing.get_origin(hint) in (dict, Mapping):
-    return 'a dict', "{'name': 1}"
-  inner = typing.get_args(hint)
-  is_open = not inner or inner[-1] is Ellipsis or len(inner) == 1
-  kind, example = _form_of(inner[0]) if inner else _FORMS[float]
-  count = 'several of' if is_open else f'{len(inner)} of'
-  examples = ', '.join([example] * (2 if is_open else len(inner)))
-  return f'{count} {kind}', f'({examples})'
+    return fields.convert(value, kind, _default_of(cls, name))
+  except ValueError as error:
+    raise ConfigError(f'{where}={value!r}: {error}') from error

@@ -122,6 +122,7 @@ def _is_our_own(record: python_logging.LogRecord) -> bool:
 
 def _parse_flags(argv):
   """Parses the command line; a wrong field or value is a plain error."""
+  argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   try:
     argv, fields = config.split_arguments(argv, experiment.Experiment)
     # Where `config_flags` looks for fields by itself.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import typing
 
+import numpy as np
 import pytest
 
 import micro
@@ -17,6 +18,7 @@ from ds_jax import (
   convert,
   data,
   export,
+  models,
   paths,
   predict,
 )
@@ -112,8 +114,11 @@ def test_flags_may_have_their_value_apart_or_be_switches():
 @pytest.mark.parametrize(
   'flag, message',
   [
-    ('dataset.crop_scale=0.5', 'crop_scale=0.5: expected 2 of a number, as in'),
-    ('dataset.crop_scale=(1, 2, 3)', r'as in \(0.5, 0.5\)'),
+    (
+      'dataset.crop_scale=0.5',
+      r'crop_scale=0.5: expected two numbers, as in \(0.08, 1.0\)\.',
+    ),
+    ('dataset.crop_scale=(1, 2, 3)', r'as in \(0.08, 1.0\)'),
     ('dataset.batch_size=None', 'batch_size=None: expected a whole number, as'),
     ('dataset.batch_size=1.5', 'expected a whole number'),
     ('dataset.flip=perhaps', 'expected True or False'),
@@ -131,6 +136,89 @@ def test_errors_name_field_and_form(flag, message):
     override(f'--config.{flag}')
 
 
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    (
+      'dataset.crop_scale',
+      0.5,
+      r'config.dataset.crop_scale=0.5: expected two numbers, as in \(0.08, 1.0',
+    ),
+    ('dataset.crop_scale', (0.1, 'a'), 'crop_scale=.*: expected two numbers'),
+    (
+      'dataset.batch_size',
+      '64',
+      "config.dataset.batch_size='64': expected a w",
+    ),
+    ('dataset.flip', 'no', "config.dataset.flip='no': expected True or False"),
+    (
+      'supernet.ema_decay',
+      None,
+      'ema_decay=None: expected a number, as in 0.9',
+    ),
+    (
+      'supernet.optimizer',
+      'sgd',
+      "optimizer='sgd': expected a section, a dict",
+    ),
+    ('gate', 5, 'config.gate=5: expected a section'),
+    ('model', 'ds_vit', "config.model='ds_vit': expected a dict"),
+    ('init.checkpoint', 3, 'config.init.checkpoint=3: expected a text or None'),
+  ],
+)
+def test_a_value_of_a_file_that_does_not_fit_is_named(field, value, message):
+  values = micro.get_config().to_dict()
+  values['init'] = {}
+  *sections, name = field.split('.')
+  node = values
+  for section in sections:
+    node = node[section]
+  node[name] = value
+  with pytest.raises(config.ConfigError, match=message):
+    experiment.Experiment.from_config(values)
+
+
+def test_values_of_a_file_become_those_of_their_types():
+  values = micro.get_config().to_dict()
+  values['dataset'] |= {
+    'crop_scale': [np.float32(0.5), 1],
+    'batch_size': np.int64(16),
+    'data_dir': pathlib.Path('a/b'),
+  }
+  found = experiment.Experiment.from_config(values).dataset
+  assert found.crop_scale == (0.5, 1.0) and type(found.batch_size) is int
+  assert found.data_dir == 'a/b'
+
+
+@pytest.mark.parametrize(
+  ('option', 'value', 'message'),
+  [
+    ('num_classes', 'ten', "num_classes='ten' of model .*: expected a whole n"),
+    ('dropout_rate', None, 'dropout_rate=None of model .*: expected a number'),
+    (
+      'gate_hidden',
+      8,
+      'gate_hidden=8 .*: expected several whole numbers, as in',
+    ),
+    ('gate_width', 0.5, 'gate_width=0.5 .*: expected a whole number or None'),
+    ('stages', 'a', "stages='a' .*: expected several values"),
+    ('widths', 3, "Unknown option 'widths' .*; expected dropout_rate, dtype, "),
+  ],
+)
+def test_an_option_of_a_model_that_does_not_fit_is_named(
+  option, value, message
+):
+  options = {'name': 'ds_mobilenet_tiny', option: value}
+  with pytest.raises(ValueError, match=message):
+    models.create_abstract_model(**options)
+
+
+def test_text_that_is_nearly_python_warns_of_nothing():
+  # Warnings are errors here.
+  assert override('--config.dataset.data_dir=1if').dataset.data_dir == '1if'
+  assert override(r"--config.dataset.data_dir='\d'").dataset.data_dir == r'\d'
+
+
 def test_a_config_is_found_by_its_name_or_path():
   name = f'{_REPOSITORY}/configs/ds_digits.py'
   assert config.find('ds_digits') == name
@@ -143,12 +231,20 @@ def test_a_config_is_found_by_its_name_or_path():
     config.find('digits')
 
 
-@pytest.mark.parametrize('flag', ['dataset.crop_scal=1', 'dataset.flip=maybe'])
-def test_the_command_ends_with_the_message_alone(flag, tmp_path):
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    ('--config.seed=1', '--config=ds_digits', '--config.dataset.crop_scal=1'),
+    ('--config.dataset.flip=maybe', '--config=ds_digits'),
+  ],
+)
+def test_the_command_ends_with_the_message_alone(arguments, tmp_path):
+  # In a file, in any order, as on the command line.
+  (tmp_path / 'flags').write_text('\n'.join(arguments))
   done = subprocess.run(
     [
-      *(sys.executable, '-m', 'ds_jax.main', '--config=ds_digits'),
-      *(f'--workdir={tmp_path / "run"}', f'--config.{flag}'),
+      *(sys.executable, '-m', 'ds_jax.main'),
+      *(f'--workdir={tmp_path / "run"}', f'--flagfile={tmp_path / "flags"}'),
     ],
     capture_output=True,
     text=True,

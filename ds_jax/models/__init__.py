@@ -6,10 +6,13 @@ Every family offers the same few names: `model(images, subnet)`, its parts
 """
 
 import inspect
+import typing
+from typing import Any
 
 import jax
 from flax import nnx
 
+from ds_jax import fields
 from ds_jax.models import initial
 from ds_jax.models.functional import (
   Architecture,
@@ -43,6 +46,7 @@ __all__ = [
   'image_size',
   'is_slimming',
   'list_models',
+  'options_of',
   'size_options',
   'variables_from',
   'variables_of',
@@ -249,6 +253,15 @@ def list_models() -> list[str]:
   return sorted(_FAMILIES)
 
 
+def options_of(name: str) -> dict[str, Any]:
+  """Returns the options of `create_model` for a model, and their types."""
+  family, *_ = _FAMILIES[name]
+  kinds = typing.get_type_hints(family.__init__)
+  options = inspect.signature(family.__init__).parameters.keys()
+  known = {option: kinds[option] for option in options - {'self', 'rngs'}}
+  return {**known, 'seed': int, 'init': str}
+
+
 def create_model(
   name: str,
   num_classes: int = 1000,
@@ -317,14 +330,7 @@ def _builder(name, num_classes, seed, init, options):
     )
   family, size, defaults = _FAMILIES[name]
   defaults = {**size_options(name, size), **defaults}
-  known = inspect.signature(family.__init__).parameters.keys()
-  known -= {'self', 'rngs'}
-  unknown = sorted(options.keys() - known)
-  if unknown:
-    raise ValueError(
-      f'Unknown option {unknown[0]!r} of model {name!r}; expected'
-      f' {", ".join(sorted({*known, "init"}))}.'
-    )
+  _check_options(name, {'num_classes': num_classes, 'seed': seed, **options})
 
   def build():
     rngs = nnx.Rngs(seed)
@@ -335,3 +341,19 @@ def _builder(name, num_classes, seed, init, options):
     return model
 
   return build
+
+
+def _check_options(name, given):
+  known = options_of(name)
+  for option, value in sorted(given.items()):
+    if option not in known:
+      raise ValueError(
+        f'Unknown option {option!r} of model {name!r}; expected'
+        f' {", ".join(sorted(known))}.'
+      )
+    try:
+      fields.convert(value, known[option])
+    except ValueError as error:
+      raise ValueError(
+        f'{option}={value!r} of model {name!r}: {error}'
+      ) from error

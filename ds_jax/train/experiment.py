@@ -7,7 +7,7 @@ dataclasses, with one clear error for a field that no part knows.
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import ml_collections
@@ -20,10 +20,7 @@ from ds_jax.train import budget as budget_lib
 from ds_jax.train import calibrate as calibrate_lib
 from ds_jax.train import gate as gate_lib
 from ds_jax.train import monitor as monitor_lib
-from ds_jax.train import optimizer as optimizer_lib
 from ds_jax.train import supernet as supernet_lib
-
-_Config = TypeVar('_Config')
 
 ConfigError = config_lib.ConfigError
 
@@ -145,29 +142,7 @@ class Experiment:
     """
     if isinstance(config, ml_collections.ConfigDict):
       config = config.to_dict()
-    sections = {
-      'dataset': data.DataConfig,
-      'supernet': supernet_lib.SupernetConfig,
-      'calibrate': calibrate_lib.CalibrateConfig,
-      'gate': gate_lib.GateConfig,
-      'init': InitConfig,
-      'checkpoint': CheckpointConfig,
-      'parallel': parallel_lib.ParallelConfig,
-      'monitor': monitor_lib.MonitorConfig,
-    }
-    values = dict(config)
-    for name, section in sections.items():
-      if name not in values:
-        continue
-      fields = dict(values[name])
-      if 'optimizer' in fields:
-        fields['optimizer'] = _read(
-          optimizer_lib.OptimizerConfig,
-          fields['optimizer'],
-          f'config.{name}.optimizer',
-        )
-      values[name] = _read(section, fields, f'config.{name}')
-    return _read(cls, values, 'config')
+    return config_lib.read(cls, config)
 
   def check_dataset(self) -> None:
     """Raises ConfigError unless the model tells the data set's classes apart.
@@ -368,27 +343,3 @@ class Experiment:
         ' for example to 0.05.'
       )
     return 0
-
-
-def _read(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
-  """Makes a dataclass of a section, with errors that name its fields."""
-  fields = dataclasses.fields(cls)
-  unknown = sorted(set(values) - {f.name for f in fields})
-  if unknown:
-    raise ConfigError(
-      f'Unknown field {where}.{unknown[0]}; {where} has'
-      f' {", ".join(f.name for f in fields)}.'
-    )
-  missing = [
-    f.name
-    for f in fields
-    if f.name not in values
-    and f.default is dataclasses.MISSING
-    and f.default_factory is dataclasses.MISSING
-  ]
-  if missing:
-    raise ConfigError(f'Missing field {where}.{missing[0]}.')
-  try:
-    return cls(**values)
-  except ValueError as error:
-    raise ConfigError(f'In {where}: {error}') from error
