@@ -107,8 +107,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--state',
     metavar='KEY',
-    help='which of the states in a PyTorch file, as in model_ema; default: the'
-    ' moving average where there is one',
+    help='which of the states in a PyTorch file, as in model_ema, or the prefix'
+    ' of one of the networks in a state; default: the moving average where'
+    ' there is one',
   )
   parser.add_argument(
     '--gate',

@@ -6,12 +6,12 @@ average, and a training script's arguments beside them.
 
 import argparse
 import codecs
+import datetime
 import pathlib
-import pickle
 import re
-import zipfile
+import types
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
@@ -21,7 +21,9 @@ from ds_jax import paths
 State = Mapping[str, Any]
 
 # A moving average is what its authors would evaluate.
-_AVERAGE = re.compile(r'(?i)(^|[_.])(ema|swa|shadow|averaged?)($|[_.])')
+_AVERAGE = re.compile(
+  r'(?i)(^|[_.])(ema|swa|shadow|avg|averaged?|polyak)($|[_.])'
+)
 _PLAIN = ('state_dict', 'model_state_dict', 'model', 'net', 'network')
 # How deep states lie in dicts.
 _MAX_DEPTH = 3
@@ -33,9 +35,14 @@ _PATHS = {
   'WindowsPath': pathlib.PureWindowsPath,
   'PureWindowsPath': pathlib.PureWindowsPath,
 }
-
-
 _PATH_MODULES = ('pathlib', 'pathlib._local')
+# Plain values, and what they are kept in.
+_PLAIN_KINDS = (
+  *(bool, int, float, complex, str, list, tuple, dict, set, frozenset),
+  *(range, slice, argparse.Namespace, types.SimpleNamespace),
+  *(datetime.date, datetime.datetime, datetime.time),
+  *(datetime.timedelta, datetime.timezone),
+)
 
 
 def read(path: str, key: str | None = None) -> dict[str, Any]:
@@ -43,9 +50,9 @@ def read(path: str, key: str | None = None) -> dict[str, Any]:
 
   Args:
     path: an `.npz` or `.safetensors` file; any other is PyTorch's.
-    key: which of the states in a PyTorch file. None means a moving average
-      under one of its usual names, else `state_dict` or `model`, else the only
-      one.
+    key: which of the states in a PyTorch file, or the prefix of one network's
+      names in a state that holds several. None means a moving average under one
+      of its usual names, else `state_dict` or `model`, else the only one.
 
   Returns:
     Names to arrays, as in the file.
@@ -67,7 +74,8 @@ def read(path: str, key: str | None = None) -> dict[str, Any]:
       ' the workdir of a run or a conversion.'
     )
   readers = {'.npz': _read_npz, '.safetensors': _read_safetensors}
-  content = readers.get(file.suffix, _read_torch)(str(file))
+  with open(file, 'rb') as opened:
+    content = _content(readers.get(file.suffix, _read_torch), opened)
   return choose_state(content, path, key)
 
 
@@ -89,9 +97,12 @@ def choose_state(
     raise ValueError(
       f'{path} holds no state: expected names to arrays, or a dict of such.'
     )
-  known = ', '.join(name or '(no name)' for name in states)
+  preferred = _preferred(states)
   if key is None:
-    key = _preferred(states)
+    key = preferred
+  if key not in states and preferred is not None:
+    states |= _under_prefix(states[preferred], key)
+  known = ', '.join(name or '(no name)' for name in states)
   if key not in states:
     raise ValueError(
       f'{path} holds these states: {known}. Choose one of them with --state, or'
@@ -99,17 +110,36 @@ def choose_state(
       + (f'; there is no {key!r}.' if key is not None else '.')
     )
   if key:
-    is_average = ', a moving average' if _AVERAGE.search(key) else ''
-    # A choice among several is shown wherever warnings are.
-    logging.log(
-      logging.INFO if len(states) == 1 else logging.WARNING,
+    # A warning is shown by every command.
+    logging.warning(
       '%s holds these states: %s. Took %s%s.',
       path,
       known,
       key,
-      is_average,
+      ', a moving average' if _AVERAGE.search(key) else '',
     )
+  _say_passed_over(content, path)
   return dict(states[key])
+
+
+def _say_passed_over(content, path):
+  """Warns of averages that can't be taken, as torch_ema's lists."""
+  unnamed = [key for key in _lists_of_arrays(content) if _AVERAGE.search(key)]
+  if unnamed:
+    logging.warning(
+      '%s holds a moving average whose arrays have no names, which is passed'
+      ' over: %s.',
+      path,
+      ', '.join(unnamed),
+    )
+
+
+def _under_prefix(state: State, prefix: str) -> dict[str, State]:
+  """Returns the names under a prefix as a state, if there are any."""
+  names = [name for name in state if name.startswith(f'{prefix}.')]
+  if not names:
+    return {}
+  return {prefix: {n.removeprefix(f'{prefix}.'): state[n] for n in names}}
 
 
 def _preferred(states: Mapping[str, State]) -> str | None:
@@ -139,31 +169,66 @@ def _states(content, key='', depth=_MAX_DEPTH) -> Iterator[tuple[str, State]]:
   yield from inside
 
 
+def _lists_of_arrays(content, key='', depth=_MAX_DEPTH) -> Iterator[str]:
+  """Finds the lists of arrays, by their keys with dots between."""
+  if isinstance(content, Mapping) and depth >= 0:
+    for name, value in content.items():
+      yield from _lists_of_arrays(
+        value, f'{key}.{name}' if key else str(name), depth - 1
+      )
+  elif isinstance(content, list | tuple) and any(map(_is_array, content)):
+    yield key
+
+
 def _is_array(x) -> bool:
   return hasattr(x, 'shape') and hasattr(x, 'dtype')
 
 
-def _read_torch(path: str) -> Any:
+def _content(read_file, file: BinaryIO) -> Any:
+  """Reads an open file, or says in our words why it can't be read."""
+  try:
+    return read_file(file)
+  except (ImportError, MemoryError):
+    raise
+  except Exception as error:  # Of damaged bytes, readers raise anything.
+    reason = _reason(error)
+  # Without PyTorch's message, which advises to read unsafely.
+  raise ValueError(f'{file.name} {reason}')
+
+
+def _reason(error: Exception) -> str:
+  message = re.sub(r'\x1b\[[0-9;]*m', '', str(error))
+  refused = re.search(r'GLOBAL ([\w.]+)', message)
+  if refused:
+    return (
+      f'holds an object of the kind {refused[1]}, and only arrays with plain'
+      ' values beside them are read, since others can run code. Save the'
+      ' weights alone, where that kind is known:'
+      ' torch.save(model.state_dict(), FILE).'
+    )
+  if 'TorchScript' in message:
+    return (
+      'holds a program of TorchScript, and programs are not run. Save its'
+      ' weights alone: torch.save(torch.jit.load(FILE).state_dict(), OUT).'
+    )
+  # PyTorch's own reason is the last of its sentences.
+  said = message.split('WeightsUnpickler error:')[-1].strip().partition('\n')[0]
+  if 'weights_only' in said:
+    said = ''
+  reason = f'{type(error).__name__}: {said}'.rstrip(': .')
+  return f'is damaged, or holds more than arrays ({reason}).'
+
+
+def _read_torch(file: BinaryIO) -> Any:
   """Reads a file of `torch.save` with PyTorch's arrays-only reader."""
   try:
     import torch
   except ImportError as error:
     raise ImportError(
-      f'Reading {path} needs PyTorch: pip install -e ".[torch]".'
+      f'Reading {file.name} needs PyTorch: pip install -e ".[torch]".'
     ) from error
-  try:
-    with torch.serialization.safe_globals(list(_harmless())):
-      return torch.load(path, map_location='cpu', weights_only=True)
-  except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-    refused = _refused_kind(str(error))
-    if refused is None:
-      raise _damaged(path, error) from error
-  # Without PyTorch's message, which advises to read it unsafely.
-  raise ValueError(
-    f'{path} holds an object of the kind {refused}, and only arrays with plain'
-    ' values beside them are read, since others can run code. Save the weights'
-    ' alone, where that kind is known: torch.save(model.state_dict(), FILE).'
-  )
+  with torch.serialization.safe_globals(list(_harmless())):
+    return torch.load(file.name, map_location='cpu', weights_only=True)
 
 
 def _harmless() -> Iterator[Any]:
@@ -171,7 +236,7 @@ def _harmless() -> Iterator[Any]:
 
   Either a class or function, or a pair with the name that pickles have.
   """
-  yield from (argparse.Namespace, np.ndarray, np.dtype)
+  yield from (*_PLAIN_KINDS, np.ndarray, np.dtype, *np.ScalarType)
   # As protocol 2 writes bytes.
   yield codecs.encode
   yield from (getattr(np.dtypes, name) for name in np.dtypes.__all__)
@@ -180,38 +245,30 @@ def _harmless() -> Iterator[Any]:
     # A file has the name of the NumPy that wrote it.
     for package in ('core', '_core'):
       yield make, f'numpy.{package}.multiarray.{make.__name__}'
+  # PyTorch's reader fills plain dicts alone.
+  yield _without_default, 'collections.defaultdict'
   for name, kind in _PATHS.items():
     yield from ((kind, f'{module}.{name}') for module in _PATH_MODULES)
 
 
-def _refused_kind(message: str) -> str | None:
-  """Returns the kind that PyTorch's reader did not allow; None if none."""
-  match = re.search(r'GLOBAL ([\w.]+)', message)
-  return match and match[1]
+def _without_default(factory: Any = None) -> dict[Any, Any]:
+  del factory
+  return {}
 
 
-def _read_npz(path):
-  try:
-    # NumPy leaves the file open if it is damaged.
-    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
-      return dict(arrays)
-  except (ValueError, EOFError, zipfile.BadZipFile) as error:
-    raise _damaged(path, error) from error
+def _read_npz(file: BinaryIO) -> dict[str, np.ndarray]:
+  arrays = np.load(file, allow_pickle=False)
+  if isinstance(arrays, np.ndarray):
+    raise ValueError('it is one array, without a name.')
+  with arrays:
+    return dict(arrays)
 
 
-def _read_safetensors(path):
+def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
   try:
     import safetensors.numpy
   except ImportError as error:
     raise ImportError(
-      f'Reading {path} needs safetensors: pip install -e ".[safetensors]".'
+      f'Reading {file.name} needs safetensors: pip install -e ".[safetensors]".'
     ) from error
-  try:
-    return safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as error:
-    raise _damaged(path, error) from error
-
-
-def _damaged(path, error) -> ValueError:
-  first, *_ = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).splitlines() or ['']
-  return ValueError(f'{path} is damaged, or holds more than arrays: {first}')
+  return safetensors.numpy.load_file(file.name)

@@ -141,11 +141,12 @@ def plain_names(state: Mapping[str, Any], pattern: str) -> dict[str, Any]:
   if len(prefixes) > 1:
     raise ValueError(
       'The weights are of several networks, under the prefixes'
-      f' {", ".join(map(repr, prefixes))}: keep the names of one.'
+      f' {", ".join(map(repr, prefixes))}: keep the names of one; of a file, as'
+      f' with --state={prefixes[-1].rstrip(".")} or config.init.state.'
     )
   prefix = ''.join(prefixes)
   return {
-    name.removeprefix(prefix): array
+    _unwrapped(name).removeprefix(prefix): array
     for name, array in state.items()
     if name.rpartition('.')[2] not in _COUNTERS
   }
@@ -154,8 +155,16 @@ def plain_names(state: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 def _prefixes(state, pattern) -> list[str]:
   """What comes before the pattern in those names that have it."""
   wrapped = re.compile(rf'((?:\w+\.)*?){pattern}')
-  found = (wrapped.match(name) for name in state)
+  found = (wrapped.match(_unwrapped(name)) for name in state)
   return sorted({match[1] for match in found if match})
+
+
+def _unwrapped(name: str) -> str:
+  """Returns a name without what wrappers of its parts put between.
+
+  Those are private names, as `_orig_mod` of a block compiled by itself.
+  """
+  return re.sub(r'(?<![^.])_\w*\.', '', name)
 
 
 def only(arrays: list[np.ndarray]) -> np.ndarray:

@@ -57,8 +57,8 @@ class InitConfig:
     checkpoint: None for fresh weights; the workdir of a run or a conversion,
       to finetune that network; or a file of a plain network's weights (see
       `ds_jax.convert`). Another number of classes gets a fresh classifier.
-    state: which of the states in a file of PyTorch; None means the moving
-      average where there is one.
+    state: which of the states in a file of PyTorch, or the prefix of one of
+      the networks in a state; None means the moving average where there is one.
     sort_channels: `norm_scale` or `l1` puts a plain network's channels in the
       order of their importance, so that slices keep the best ones; None leaves
       them. See `convert.sort_channels`.

@@ -1,5 +1,7 @@
 """Tests of telling whose weights a state holds."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -63,9 +65,37 @@ def test_several_networks_in_a_state_are_named():
   }
   model = models.create_abstract_model('ds_resnet26_cifar')
   with pytest.raises(
-    ValueError, match="prefixes 'student.backbone.', 'teacher.backbone.'"
+    ValueError,
+    match="prefixes 'student.backbone.', 'teacher.backbone.': keep .* as with"
+    ' --state=teacher.backbone or',
   ):
     convert.from_state(state, model)
+
+
+# Of torch.compile, FullyShardedDataParallel, checkpoint_wrapper, Fabric.
+@pytest.mark.parametrize(
+  'wrapper',
+  [
+    '_orig_mod',
+    '_fsdp_wrapped_module',
+    '_checkpoint_wrapped_module',
+    '_forward_module._fsdp_wrapped_module',
+  ],
+)
+def test_wrappers_of_parts_are_taken_off(wrapper):
+  model = plain.random_model('ds_vit_s16', 5, **plain.VIT)
+  state = plain.vit_state()
+  wrapped = {
+    'module.' + re.sub(r'^(blocks\.\d+\.(attn\.)?)', rf'\1{wrapper}.', n): a
+    for n, a in state.items()
+  }
+  assert f'module.blocks.0.attn.{wrapper}.qkv.weight' in wrapped
+  found, expected = (
+    models.variables_of(convert.from_state(s, model)).params
+    for s in (wrapped, state)
+  )
+  for path, array in expected.items():
+    np.testing.assert_array_equal(found[path], array, path)
 
 
 def test_an_averaged_model_s_counter_is_passed_over():
