@@ -31,8 +31,14 @@ def platform() -> str:
   backend = jax.default_backend()
   if backend != 'gpu':
     return backend
-  version = jax.devices()[0].client.platform_version
-  return 'rocm' if 'rocm' in version.lower() else 'cuda'
+  return 'rocm' if 'rocm' in runtime_version().lower() else 'cuda'
+
+
+def runtime_version() -> str:
+  """Returns what the devices' runtime says of itself; '' if it doesn't."""
+  # Neither attribute is documented.
+  client = getattr(jax.devices()[0], 'client', None)
+  return getattr(client, 'platform_version', '')
 
 
 def options_for_training() -> Options | None:

@@ -4,6 +4,7 @@ import ctypes
 import sys
 
 import jax
+from absl import logging
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -30,4 +31,11 @@ def keep_freed_memory() -> None:
     return
   mallopt(_M_MMAP_MAX, 0)
   mallopt(_M_TRIM_THRESHOLD, -1)
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  try:
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
+  except AttributeError:
+    logging.warning(
+      'JAX %s has no jax_cpu_enable_async_dispatch: calls may run in a thread'
+      ' that keeps no memory, and be slower.',
+      jax.__version__,
+    )

@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+
+from ds_jax import compiler
 
 
 class HostError(Exception):
@@ -140,7 +141,7 @@ def check_same_run(config: Mapping[str, Any]) -> None:
     'ds_jax': _code_hash(),
     **versions(),
     'device': device.device_kind,
-    'platform': device.client.platform_version,
+    'platform': compiler.runtime_version(),
     **{name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS},
     **{f'config.{name}': value for name, value in config.items()},
   }
@@ -202,6 +203,7 @@ def gather(value: Any) -> list[Any]:
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
   if jax.process_count() == 1:
     return [json.loads(text.tobytes())]
+  multihost_utils = _multihost_utils()
   lengths = multihost_utils.process_allgather(np.int32(len(text)))
   padded = np.zeros(lengths.max(), np.uint8)
   padded[: len(text)] = text
@@ -245,7 +247,7 @@ def fetch(tree: Any) -> Any:
     if isinstance(x, jax.Array) and not (
       x.is_fully_addressable or x.is_fully_replicated
     ):
-      return multihost_utils.process_allgather(x, tiled=True)
+      return _multihost_utils().process_allgather(x, tiled=True)
     return x
 
   tree = jax.device_get(jax.tree.map(whole, tree))
@@ -296,12 +298,25 @@ class Termination:
   def is_due(self, step: int) -> bool:
     """Whether to end after this step; to be asked once after each."""
     if jax.distributed.is_initialized():
-      return multihost_utils.reached_preemption_sync_point(step)
+      return _multihost_utils().reached_preemption_sync_point(step)
     return self._received
 
   def _receive(self, signum, frame) -> None:
     del signum, frame
     self._received = True
+
+
+def _multihost_utils():
+  """Imported where there are several processes: it is experimental."""
+  try:
+    from jax.experimental import multihost_utils
+  except ImportError as error:
+    raise HostError(
+      f'JAX {jax.__version__} has no jax.experimental.multihost_utils, by which'
+      ' processes agree: run a single one, or install JAX 0.10 to 0.12, which'
+      ' have it.'
+    ) from error
+  return multihost_utils
 
 
 def _differences(facts, expected) -> str:
@@ -330,6 +345,8 @@ def _code_hash(root: pathlib.Path = pathlib.Path(__file__).parent) -> str:
   from ds_jax import version
 
   digest = hashlib.sha256()
-  for path in sorted(root.rglob('*.py')):
+  # A wheel has the configs inside; what one says is compared by itself.
+  configs = set((root / 'configs').glob('*.py'))
+  for path in sorted(set(root.rglob('*.py')) - configs):
     digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
   return f'{version.__version__}, {digest.hexdigest()[:12]}'

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from ds_jax import (
   checkpoint,
@@ -23,11 +24,6 @@ from ds_jax import (
   validation,
 )
 from ds_jax.models import hoist
-
-try:
-  from jax.experimental import layout
-except ImportError:  # Of an experimental module: without it, default layouts.
-  layout = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +110,9 @@ class Predictor:
     self.weights = (
       self.parts.prepare(self._variables) if presliced else self._variables
     )
-    options = compiler.options_for_inference(slices_weights=not presliced)
+    options = compiler.options_for_inference(
+      slices_weights=isinstance(self.weights, models.Variables)
+    )
     self._route = jax.jit(
       functools.partial(_route, self.parts), compiler_options=options
     )
@@ -462,21 +460,28 @@ class Parts:
     self.branches = {str(s.index): s for s in model.routing_space}
 
   def prepare(self, variables: models.Variables):
-    """Returns every part's weights, sliced; see `hoist.split`."""
+    """Returns every part's weights, sliced; see `hoist.split`.
+
+    Where this JAX does not allow it, the weights as they are, with a warning.
+    """
     size = self._image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     run = functools.partial(self._run, 'trunk')
     features = jax.eval_shape(run, self._variables, images)
-    splits = {
-      part: self._split(part, images if part == 'trunk' else features)
-      for part in ('trunk', 'gate', *self.branches)
-    }
+    try:
+      splits = {
+        part: self._split(part, images if part == 'trunk' else features)
+        for part in ('trunk', 'gate', *self.branches)
+      }
+    except hoist.HoistError as error:
+      logging.warning('Weights are sliced in every call: %s', error)
+      return variables
 
     def prepare(variables):
       return {part: split.prepare(variables) for part, split in splits.items()}
 
     formats = None
-    if jax.default_backend() == 'gpu' and layout is not None:
+    if jax.default_backend() == 'gpu':
       made = jax.eval_shape(prepare, variables)
       devices = jax.tree.leaves(variables)[0].devices()
       # Weights on several devices stay as they are.
@@ -528,16 +533,25 @@ class Parts:
       return model.branch(x, self.branches[part])
 
 
-def _gpu_format(num_axes: int, device: jax.Device) -> layout.Format:
-  """How a prepared array lies in memory.
+def _gpu_format(num_axes: int, device: jax.Device) -> Any:
+  """How a prepared array lies in memory; None leaves it to XLA.
 
   cuDNN reads a convolution's kernel (k, k, I, O) with the outputs first, and
   would be given a transposed copy in every call.
   """
   axes = (3, 0, 1, 2) if num_axes == 4 else tuple(range(num_axes))
-  return layout.Format(
-    layout.Layout(axes), jax.sharding.SingleDeviceSharding(device)
-  )
+  try:
+    # Imported here: it is experimental, and of use to GPUs alone.
+    from jax.experimental import layout
+
+    return layout.Format(
+      layout.Layout(axes), jax.sharding.SingleDeviceSharding(device)
+    )
+  except (AttributeError, ImportError, TypeError) as error:
+    logging.log_first_n(
+      logging.WARNING, 'Kernels are not laid out for cuDNN: %s', 1, error
+    )
+    return None
 
 
 # Pixels of images that run at a time on CPU. The activations of more leave the

@@ -74,6 +74,13 @@ def test_options_fit_a_cpu(cpu_info):
   assert compiler.options_for_inference(slices_weights=True) == both
 
 
+def test_devices_that_say_nothing_of_themselves(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'devices', lambda: [object()])
+  assert compiler.runtime_version() == ''
+  assert compiler.platform() == 'cuda'
+
+
 @pytest.mark.parametrize(
   'backend, version, expected',
   [

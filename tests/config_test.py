@@ -22,7 +22,9 @@ from ds_jax import (
   paths,
   predict,
 )
-from ds_jax.train import experiment
+from ds_jax.benchmark import command
+from ds_jax.convert import command as convert_command
+from ds_jax.train import experiment, loop
 
 _REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -274,6 +276,32 @@ def test_home_is_expanded_wherever_a_path_comes_in(tmp_path, monkeypatch):
   (tmp_path / 'weights.npz').write_bytes(b'')
   with pytest.raises(ValueError, match='damaged'):
     convert.read('~/weights.npz')
+
+
+def test_home_is_expanded_by_every_command(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  # Nothing is left in a folder of that name.
+  monkeypatch.chdir(tmp_path)
+  micro.save_finished_run(tmp_path / 'run')
+  micro.write_images(tmp_path)
+  (tmp_path / 'mine.py').write_text('def get_config(): pass')
+  assert config.find('~/mine.py') == str(tmp_path / 'mine.py')
+  export.main(['--workdir=~/run', '--output=~/x.ds', '--subnet=0'])
+  assert (tmp_path / 'x.ds').is_file()
+  command.run(
+    command.Options(workdir='~/run', json='~/b.json', sections=(), seconds=0)
+  )
+  assert (tmp_path / 'b.json').is_file()
+  with pytest.raises(SystemExit, match='~/run/checkpoints holds'):
+    convert_command.main(['--input=~/no.npz', '--output=~/run'])
+  given = micro.get_config()
+  given.dataset.name = 'idx:~'
+  given.init = {'checkpoint': '~/run'}
+  with loop.Run(given, '~/new') as run:
+    run.start()
+  assert (tmp_path / 'new/metrics.jsonl').is_file()
+  assert (tmp_path / 'new/checkpoints').is_dir()
+  assert not (tmp_path / '~').exists()
 
 
 def test_a_wheel_has_every_module_and_the_configs(tmp_path):

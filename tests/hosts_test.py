@@ -4,6 +4,8 @@ import configparser
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -36,6 +38,10 @@ def test_code_hash_depends_on_the_code(tmp_path):
   for name in ('hosts.py', 'parallel.py'):
     (tmp_path / name).write_bytes((root / name).read_bytes())
   before = hosts._code_hash(tmp_path)
+  assert hosts._code_hash(tmp_path) == before
+  # A wheel has them there, a clone beside.
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs/mine.py').write_text('pass')
   assert hosts._code_hash(tmp_path) == before
   with (tmp_path / 'hosts.py').open('a') as file:
     file.write('#')
@@ -202,3 +208,24 @@ def test_a_host_without_a_library_says_so(monkeypatch):
 
   monkeypatch.setattr(hosts.importlib.metadata, 'version', version)
   assert hosts.versions()['numpy'] is None
+
+
+def test_a_jax_without_what_several_processes_need_is_named():
+  # In a process of its own, since whoever imports it first decides.
+  code = (
+    'import sys; sys.modules["jax.experimental.multihost_utils"] = None\n'
+    'from ds_jax import hosts\n'
+    'print(hosts.gather({"a": 1}))\n'
+    'hosts.jax.process_count = lambda: 2\n'
+    'try:\n'
+    '  hosts.gather(1)\n'
+    'except hosts.HostError as error:\n'
+    '  print(error)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  alone, together = done.stdout.splitlines()
+  assert alone == "[{'a': 1}]"
+  assert 'has no jax.experimental.multihost_utils' in together
+  assert 'run a single one, or install JAX' in together

@@ -188,6 +188,32 @@ class PredictorTest(parameterized.TestCase):
     }
     assert layouts == {(1, (0,)), (2, (0, 1)), (4, (3, 0, 1, 2))}
 
+  @parameterized.parameters(
+    ('jax.experimental.layout.Layout', 'Kernels are not laid out', 'gpu'),
+    ('ds_jax.models.hoist.core.jaxpr_as_fun', 'sliced in every call', 'cpu'),
+    ('ds_jax.models.hoist.core', 'sliced in every call', 'cpu'),
+  )
+  def test_a_jax_without_what_makes_it_faster_gives_the_same(
+    self, name, warning, backend
+  ):
+    # Calling what is None is a TypeError, as of one with other arguments.
+    with (
+      mock.patch(name, None),
+      mock.patch.object(jax, 'default_backend', lambda: backend),
+      self.assertLogs('absl', 'WARNING') as logs,
+    ):
+      predictor = predict.Predictor(
+        self.model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3
+      )
+      found = predictor(self.images)
+    (record,) = logs.records
+    assert warning in record.getMessage()
+    expected = self.predictor(self.images)
+    np.testing.assert_array_equal(found.buckets, expected.buckets)
+    np.testing.assert_allclose(
+      found.logits, expected.logits, rtol=1e-4, atol=1e-5
+    )
+
   def test_attention_is_fused_here_alone(self):
     model = models.create_abstract_model('ds_vit_cifar')
     here = predict.Parts(model, lambda x: x, 32)

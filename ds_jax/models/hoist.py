@@ -17,13 +17,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
+
+try:
+  from jax.extend import core
+except ImportError:  # `split` then says so.
+  core = None
 
 Pytree = Any
 
 # Broadcasting costs little, and may be to the batch's size; the platform is
 # the one that the call is lowered for.
 _STAY = ('broadcast_in_dim', 'platform_index')
+
+
+class HoistError(Exception):
+  """This JAX traces to something else than what can be cut here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +59,23 @@ def split(
     function: pure; its result must be an array that depends on x.
     weights: arrays, or `jax.ShapeDtypeStruct`s.
     x: the input, arrays or `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    HoistError: if jaxprs are not as they are in JAX 0.10 to 0.12, which no
+      release promises.
   """
   closed = jax.make_jaxpr(function)(weights, x)
+  try:
+    return _cut(closed, len(jax.tree.leaves(weights)))
+  # Which one depends on what changed.
+  except Exception as error:
+    raise HoistError(
+      f'JAX {jax.__version__}: {type(error).__name__}: {error}'
+    ) from error
+
+
+def _cut(closed, num_weights: int) -> Split:
   jaxpr = closed.jaxpr
-  num_weights = len(jax.tree.leaves(weights))
   known_inputs = jaxpr.invars[:num_weights]
   inputs = jaxpr.invars[num_weights:]
   moving = set(inputs)

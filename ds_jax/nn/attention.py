@@ -41,5 +41,6 @@ def _has_cudnn(dtype, head_dim) -> bool:
     and head_dim <= _MAX_HEAD_DIM
     and head_dim % 8 == 0
     and compiler.platform() == 'cuda'
-    and float(jax.devices()[0].compute_capability) >= _MIN_CAPABILITY
+    and float(getattr(jax.devices()[0], 'compute_capability', 0))
+    >= _MIN_CAPABILITY
   )

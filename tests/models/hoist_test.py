@@ -34,6 +34,15 @@ def test_what_needs_the_weights_alone_is_computed_once():
   np.testing.assert_allclose(split.run(prepared, x), expected, rtol=1e-5)
 
 
+def test_an_error_of_the_function_is_its_own():
+  def function(weights, x):
+    return x @ weights
+
+  x = jax.ShapeDtypeStruct((3,), jnp.float32)
+  with pytest.raises(TypeError, match='dot_general'):
+    hoist.split(function, np.zeros((4, 2), np.float32), x)
+
+
 def test_prepared_weights_serve_every_batch_size():
   model = models.create_model(**micro.MODEL)
   architecture = models.Architecture(model)
