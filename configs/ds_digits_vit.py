@@ -10,32 +10,20 @@ points.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the experiment: every number that a reader may want to change."""
+  """Returns the experiment: what differs from the defaults."""
   config = ml_collections.ConfigDict()
-  config.seed = 0
   config.model = dict(
     name='ds_vit_cifar',
     num_classes=10,
     patch_size=8,  # 16 tokens
-    slicing='idle',
     drop_path_rate=0.1,
-    dropout_rate=0.0,
-    dtype='float32',
-  )
-  config.init = dict(
-    checkpoint=config_dict.placeholder(str),  # a workdir or a weights file
-    sort_channels=config_dict.placeholder(str),
   )
   config.dataset = dict(
     name='digits',
-    data_dir='',  # of TFDS copies; the embedded data need none
-    image_size=32,
     batch_size=64,
-    crop='pad',
     crop_padding=2,
     flip=False,
     budget_share=0.2,  # held out of training, to set budgets on
@@ -44,7 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.supernet = dict(
     num_epochs=30.0,
     num_random=1,  # random sub-networks a step, beside widest and narrowest
-    ensemble=False,
     multi_view=True,
     optimizer=dict(
       name='adamw',
@@ -54,23 +41,12 @@ def get_config() -> ml_collections.ConfigDict:
       clip_norm=1.0,
     ),
     ema_decay=0.98,
-    label_smoothing=0.1,
-    accumulation_steps=1,
   )
   config.gate = dict(
     num_epochs=19.0,
     optimizer=dict(name='adamw', learning_rate=0.01, end_factor=0.1),
     target_madds=5e6,
-    price_rate=0.1,
-    hard_images='try_best',
   )
-  config.checkpoint = dict(every_steps=200, keep_last=2, keep_best=1)
-  config.parallel = dict(executor='pjit', fsdp=1, heartbeat_seconds=60)
-  config.monitor = dict(
-    profile_step=config_dict.placeholder(int),  # of a trace; None takes none
-    profile_steps=5,
-    watchdog_seconds=600.0,
-  )
-  config.log_every_steps = 50
+  config.checkpoint = dict(every_steps=200)
   config.eval_every_epochs = 10.0
   return config

@@ -9,47 +9,29 @@ run.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 
 def get_config(dataset: str = 'cifar10') -> ml_collections.ConfigDict:
-  """Returns the experiment: every number that a reader may want to change."""
+  """Returns the experiment: what differs from the defaults."""
   classes = {'cifar10': 10, 'cifar100': 100}
   if dataset not in classes:
     raise KeyError(f'data set {dataset}: expected cifar10 or cifar100')
   config = ml_collections.ConfigDict()
-  config.seed = 0
   config.model = dict(
     name='ds_vit_cifar',
     num_classes=classes[dataset],
     image_size=32,
-    slicing='idle',
     drop_path_rate=0.1,  # stochastic depth, in the widest's pass alone
-    dropout_rate=0.0,
-    dtype='float32',
-  )
-  config.init = dict(
-    checkpoint=config_dict.placeholder(str),  # a workdir or a weights file
-    sort_channels=config_dict.placeholder(str),
   )
   config.dataset = dict(
     name=dataset,
-    data_dir='',  # where TFDS copies are; '' means TFDS's own default
-    image_size=32,
-    batch_size=128,
-    crop='pad',
-    crop_padding=4,
-    flip=True,
     randaugment_layers=2,
-    randaugment_magnitude=9.0,
     erasing_probability=0.25,
     budget_share=0.06,  # held out of training, to set budgets on
     num_threads=4,
   )
   config.supernet = dict(
     num_epochs=300.0,
-    num_random=2,  # random sub-networks a step, beside widest and narrowest
-    ensemble=False,
     multi_view=True,
     optimizer=dict(
       name='adamw',
@@ -61,23 +43,13 @@ def get_config(dataset: str = 'cifar10') -> ml_collections.ConfigDict:
       clip_norm=1.0,
     ),
     ema_decay=0.999,
-    label_smoothing=0.1,
-    accumulation_steps=1,
   )
   config.gate = dict(
     num_epochs=10.0,
     optimizer=dict(name='adamw', learning_rate=0.003, end_factor=0.1),
     target_madds=20e6,
-    price_rate=0.1,
-    hard_images='try_best',
   )
-  config.checkpoint = dict(every_steps=2000, keep_last=2, keep_best=1)
-  config.parallel = dict(executor='pjit', fsdp=1, heartbeat_seconds=60)
-  config.monitor = dict(
-    profile_step=config_dict.placeholder(int),  # of a trace; None takes none
-    profile_steps=5,
-    watchdog_seconds=600.0,
-  )
+  config.checkpoint = dict(every_steps=2000)
   config.log_every_steps = 100
   config.eval_every_epochs = 5.0
   return config

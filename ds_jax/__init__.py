@@ -9,7 +9,7 @@ import importlib
 from ds_jax.version import __version__
 
 _HOMES = {
-  'Predictor': 'ds_jax.predict',
+  'Predictor': 'ds_jax.inference',
   'create_model': 'ds_jax.models',
   'list_models': 'ds_jax.models',
   'Subnet': 'ds_jax.models',

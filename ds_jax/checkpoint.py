@@ -3,8 +3,9 @@
 A thin layer over Orbax's CheckpointManager. Every step holds two items:
 
 * `state`, the arrays;
-* `manifest`, a JSON record of the caller's `meta`, the step's metrics, and the
-  data type, shape and CRC-32 of every leaf, with a CRC-32 of itself.
+* `manifest`, a JSON record of the format's version, the caller's `meta`, the
+  step's metrics, and the data type, shape and CRC-32 of every leaf, with a
+  CRC-32 of itself.
 
 Orbax restores most flipped bits without a word; the manifest is what turns
 them into an error, and so into a fall back to the step before.
@@ -28,6 +29,10 @@ from absl import logging
 from etils import epath
 
 from ds_jax import hosts, paths
+
+# Of what a step holds. 1 has no number; of images held out, it has a mask that
+# says where there is one (see `routing.images_held_out`).
+FORMAT = 2
 
 
 class CheckpointError(Exception):
@@ -287,12 +292,14 @@ def _newest_intact(
     steps = _steps(root) if only is None else [only]
     return [step for step in steps if step not in (*deleted, *damaged)]
 
-  # Listed anew after each failure: a run that goes on deletes old steps while
+  # Listed again after each failure: a run that goes on deletes old steps while
   # they are read, and has saved newer ones by then.
   while steps := untried():
     step = steps[-1]
     try:
       return _read(root, step), damaged
+    except CheckpointError:
+      raise
     # Orbax raises whatever its parts raise, down to a bare Exception.
     except Exception as error:
       if not (root / str(step)).is_dir():
@@ -311,12 +318,16 @@ def _newest_intact(
   reasons = ''.join(f'\n  step {k}: {why}' for k, why in damaged.items())
   raise CheckpointError(
     f'No intact checkpoint in {root}:{reasons}\nPut an intact copy in its'
-    ' place, or move the directory away to start anew.'
+    ' place, or move the directory away to start again.'
   )
 
 
 def _read(root: epath.Path, step: int) -> Restored:
-  """Reads one step; raises, with any exception, unless it is intact."""
+  """Reads one step; raises, with any exception, unless it is intact.
+
+  Raises:
+    CheckpointError: if its format is not known here.
+  """
   import orbax.checkpoint as ocp
 
   manifest = _read_manifest(root, step)
@@ -352,6 +363,13 @@ def _read_manifest(root: epath.Path, step: int) -> dict[str, Any]:
     manifest = dict(reader.restore(root / str(step) / 'manifest'))
   if manifest.pop('crc32', None) != _json_crc32(manifest):
     raise ValueError('the manifest differs from its checksum')
+  saved = manifest.get('format', 1)
+  if saved > FORMAT:
+    raise CheckpointError(
+      f'{root / str(step)} has format {saved}, and this ds_jax knows 1 to'
+      f' {FORMAT}: it was saved by a newer one. Install that, or restore'
+      ' another step.'
+    )
   return manifest
 
 
@@ -381,6 +399,7 @@ def _manifest(
   metrics: Mapping[str, float] | None,
 ) -> dict[str, Any]:
   body = {
+    'format': FORMAT,
     'meta': meta,
     'metrics': metrics and {k: float(v) for k, v in metrics.items()},
     'leaves': _leaf_records(arrays),

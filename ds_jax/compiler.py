@@ -44,8 +44,7 @@ def runtime_version() -> str:
 def options_for_training() -> Options | None:
   """Returns options for `jax.jit`; None where there are none to give.
 
-  Whole registers, where there is AVX-512, make DS-MobileNet 3 to 8% faster at
-  224 pixels.
+  Where there is AVX-512, it fills whole registers.
   """
   options = {}
   if jax.default_backend() == 'cpu' and _has_wide_vectors():
@@ -60,8 +59,8 @@ def options_for_inference(*, slices_weights: bool = False) -> Options | None:
   `xla_gpu_enable_command_buffer` is set in the environment.
 
   Args:
-    slices_weights: whether it slices in the call. (A training step is 8% slower
-      with what spares memory there.)
+    slices_weights: whether it slices in the call. (What spares memory there
+      makes a training step slower.)
   """
   options = options_for_training() or {}
   here = platform()

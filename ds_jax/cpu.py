@@ -14,10 +14,9 @@ def keep_freed_memory() -> None:
   """Lets a process on CPU reuse the memory of one call in the next.
 
   XLA:CPU takes a call's temporary memory from `malloc` and gives it back, and
-  glibc asks the kernel for such large pieces anew each time: every page is
-  faulted in and zeroed again, a fifth of the time of DS-MobileNet's narrowest
-  bucket, and a quarter of a training step's. Afterwards the process keeps the
-  most memory it ever used.
+  glibc asks the kernel for such large pieces each time: every page is faulted
+  in and zeroed again. Afterwards the process keeps the most memory that it ever
+  used.
 
   Only the main thread's heap can keep pieces above 64 MB, so calls are no
   longer handed to another thread. Call this in the main thread before JAX

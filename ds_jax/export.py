@@ -1,212 +1,20 @@
-"""A routed network, or one sub-network, as one file that needs no checkpoint.
+"""Exports a routed network, or one sub-network, to a file; reads it again.
 
-    python -m ds_jax.export --workdir=runs/digits --output=digits.ds
-    python -m ds_jax.export --workdir=runs/digits --output=small.ds --subnet=0
-
-The file holds the StableHLO of the whole prediction, from uint8 images to
-logits, as `jax.export` writes it (which promises to read it for half a year of
-releases at least), the weights, and the router. Its batch is static, as the
-tiles of the dispatch are; a last batch is filled up.
-
-Axes: N images, B images a call, R runs, C classes.
+python -m ds_jax.export --workdir=runs/digits --output=digits.ds
+python -m ds_jax.export --workdir=runs/digits --output=small.ds --subnet=0
 """
 
 import argparse
-import functools
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
-import jax
-import jax.export
-import numpy as np
-from flax import serialization
+from ds_jax import checkpoint, inference, paths
+from ds_jax.inference.export import PLATFORMS, Exported, load, save
 
-from ds_jax import checkpoint, compiler, paths, predict, routing
+__all__ = ['PLATFORMS', 'Exported', 'load', 'main', 'save']
 
-PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
-_FORMAT = 'ds_jax routed network 2'
 _EXPECTED = (ImportError, OSError, ValueError, checkpoint.CheckpointError)
-# Batches that a device has while the next is prepared.
-_UNDER_WAY = 2
-
-
-def save(
-  predictor: predict.Predictor,
-  path: str | os.PathLike,
-  *,
-  batch_size: int,
-  platform: str | None = None,
-  subnet: int | None = None,
-) -> None:
-  """Writes a predictor, with its router, for one batch size and platform.
-
-  Args:
-    predictor: any; `with_budget` chooses the router. With `presliced=False` the
-      file is smaller, and the calls are slower.
-    path: a file, replaced as a whole.
-    batch_size: B, images of a call.
-    platform: one of `PLATFORMS`; None means that of this process. What is
-      chosen by platform at tracing (tiles, norms within kernels) is as for
-      this process: export where the network is to run, if speed counts.
-      Attention is XLA's, since cuDNN's is not for every GPU.
-    subnet: the index of the sub-network to write instead of the router; it
-      needs no trained gate.
-
-  Raises:
-    ValueError: for another platform, no positive batch size, a gate that is not
-      trained yet, or a sub-network that does not exist.
-    ImportError: without flatbuffers.
-  """
-  _check_flatbuffers()
-  platform = platform or compiler.platform()
-  if platform not in PLATFORMS or batch_size < 1:
-    raise ValueError(
-      f'batch_size={batch_size}, platform={platform!r}: expected at least 1,'
-      f' and one of {PLATFORMS}.'
-    )
-  program, arguments, costs = predictor.lowerable(platform, subnet)
-  leaves, tree = jax.tree.flatten(arguments)
-
-  def run(leaves, images):
-    routed = program(*jax.tree.unflatten(tree, leaves), images)
-    return routed.runs, routed.logits
-
-  size = predictor.image_size
-  images = jax.ShapeDtypeStruct((batch_size, size, size, 3), np.uint8)
-  exported = jax.export.export(jax.jit(run), platforms=[platform])(
-    leaves, images
-  )
-  content = {
-    'format': _FORMAT,
-    'program': bytes(exported.serialize()),
-    'arrays': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)},
-    'platform': platform,
-    'batch_size': batch_size,
-    'image_size': size,
-    'crop_ratio': predictor.crop_ratio,
-    'interpolation': predictor.interpolation,
-    'trunk_madds': int(costs.trunk),
-    'branch_madds': costs.branches,
-    'buckets': np.asarray(costs.indices),
-  }
-  _write(path, serialization.msgpack_serialize(content))
-
-
-class Exported:
-  """A network that `save` wrote: `exported(images)`.
-
-  Attributes:
-    batch_size: B, images of a call on the device.
-    image_size: what images are resized to.
-    costs: multiply-adds of the trunk and of every bucket's branch.
-  """
-
-  def __init__(self, path: str | os.PathLike):
-    """Reads the file.
-
-    Args:
-      path: what `save` wrote.
-
-    Raises:
-      ValueError: for another file, or one for another platform.
-      ImportError: without flatbuffers.
-    """
-    _check_flatbuffers()
-    content = _read(path)
-    platform = compiler.platform()
-    if content['platform'] != platform:
-      raise ValueError(
-        f'{path} is for {content["platform"]}, and this process runs on'
-        f' {platform}: export it with platform={platform!r}.'
-      )
-    self.batch_size = content['batch_size']
-    self.image_size = content['image_size']
-    self.costs = routing.BucketCosts(
-      content['trunk_madds'],
-      content['branch_madds'],
-      tuple(content['buckets'].tolist()),
-    )
-    self._crop_ratio = content['crop_ratio']
-    self._interpolation = content['interpolation']
-    arrays = content['arrays']
-    leaves = jax.device_put([arrays[str(i)] for i in range(len(arrays))])
-    exported = jax.export.deserialize(bytearray(content['program']))
-    options = compiler.options_for_inference()
-    call = jax.jit(exported.call, compiler_options=options)
-    self._call = functools.partial(call, leaves)
-
-  def __call__(self, images: np.ndarray) -> predict.Prediction:
-    """Classifies images, B at a time.
-
-    Args:
-      images: (N, H, W, 3) or (N, H, W, 1) uint8, as for `Predictor`.
-
-    Raises:
-      ValueError: for images of another kind.
-    """
-    images = predict.prepare_images(
-      images, self.image_size, self._crop_ratio, self._interpolation
-    )
-    results = []
-    for i in range(0, len(images), self.batch_size):
-      batch = images[i : i + self.batch_size]
-      missing = self.batch_size - len(batch)
-      if missing:
-        batch = np.concatenate([batch, batch[:1].repeat(missing, axis=0)])
-      results.append(self._call(jax.device_put(batch)))
-      if len(results) >= _UNDER_WAY:
-        # Its images need not stay on the device.
-        jax.block_until_ready(results[-_UNDER_WAY])
-    parts = zip(*jax.device_get(results), strict=True)
-    routed = (np.concatenate(part)[: len(images)] for part in parts)
-    return predict.prediction_of(routing.Routed(*routed), self.costs)
-
-
-def load(path: str | os.PathLike) -> Exported:
-  """Reads a network that `save` wrote; see `Exported`."""
-  return Exported(path)
-
-
-def _write(path, data):
-  path = os.fspath(paths.expanded(path))
-  partial = f'{path}.partial'
-  try:
-    with open(partial, 'wb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  except OSError:
-    pathlib.Path(partial).unlink(missing_ok=True)
-    raise
-
-
-def _read(path):
-  with open(paths.expanded(path), 'rb') as file:
-    data = file.read()
-  try:
-    content = serialization.msgpack_restore(data)
-    if content['format'] == _FORMAT:
-      return content
-  except Exception:
-    # msgpack has no error of its own for bytes that are something else.
-    pass
-  raise ValueError(
-    f'{path} is no whole network of this release: write one with python -m'
-    ' ds_jax.export.'
-  )
-
-
-def _check_flatbuffers():
-  try:
-    # Imported here: an option. jax.export writes and reads with it.
-    import flatbuffers  # noqa: F401
-  except ImportError as error:
-    raise ImportError(
-      "Exported networks need flatbuffers: pip install -e '.[export]'."
-    ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -245,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _export(options):
-  predictor = predict.Predictor.restore(
+  predictor = inference.Predictor.restore(
     options.workdir, presliced=not options.shared_weights
   )
   if options.fraction is not None:

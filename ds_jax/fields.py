@@ -5,13 +5,14 @@ union. Of any other a value is only checked to be one.
 """
 
 import ast
+import dataclasses
 import numbers
 import os
 import types
 import typing
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 _NOUNS = {
   bool: 'True or False',
@@ -27,6 +28,37 @@ _WORDS = {
   **dict.fromkeys(('true', '1', 'yes', 't', 'y'), True),
   **dict.fromkeys(('false', '0', 'no', 'f', 'n'), False),
 }
+
+
+_Config = TypeVar('_Config')
+
+
+class ConfigError(ValueError):
+  """An experiment that can't be run as it is written."""
+
+
+def read(cls: type[_Config], values: Any, where: str = 'config') -> _Config:
+  """Makes a dataclass, and those in it, of nested dicts.
+
+  Args:
+    cls: the dataclass.
+    values: field to value, or to such a dict.
+    where: what errors call it.
+
+  Raises:
+    ConfigError: for an unknown, missing or impossible field, by its name.
+  """
+  if not isinstance(values, Mapping):
+    raise ConfigError(f'{where}={values!r}: expected a section, a dict.')
+  _check_names(cls, values, where)
+  arguments = {
+    name: _read_field(cls, name, value, f'{where}.{name}')
+    for name, value in values.items()
+  }
+  try:
+    return cls(**arguments)
+  except ValueError as error:
+    raise ConfigError(f'In {where}: {error}') from error
 
 
 def convert(value: Any, kind: Any, example: Any = None) -> Any:
@@ -150,3 +182,34 @@ def _example(kind):
   one = _example(elements[0])
   count = 2 if elements[-1] is ... else len(elements)
   return None if one is None else (one,) * count
+
+
+def default_of(cls: type, name: str) -> Any:
+  """Returns a field's default; None where there is none."""
+  default = cls.__dataclass_fields__[name].default
+  return None if default is dataclasses.MISSING else default
+
+
+def _check_names(cls, values, where):
+  known = {field.name: field for field in dataclasses.fields(cls)}
+  for name in sorted(values.keys() - known.keys()):
+    raise ConfigError(
+      f'Unknown field {where}.{name}; {where} has {", ".join(known)}.'
+    )
+  for name, field in known.items():
+    if (
+      name not in values
+      and field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    ):
+      raise ConfigError(f'Missing field {where}.{name}.')
+
+
+def _read_field(cls, name, value, where):
+  kind = typing.get_type_hints(cls)[name]
+  if dataclasses.is_dataclass(kind):
+    return read(kind, value, where)
+  try:
+    return convert(value, kind, default_of(cls, name))
+  except ValueError as error:
+    raise ConfigError(f'{where}={value!r}: {error}') from error

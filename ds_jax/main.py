@@ -3,8 +3,9 @@
     python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 
 Run again, the same command resumes where it was. Any field, in the file or not,
-is set with a flag like `--config.gate.num_epochs=5`. A config that comes with
-ds_jax is found by its name, as in `--config=ds_digits`.
+is set with a flag like `--config.gate.num_epochs=5`; `--print_config` prints
+them all, and ends. A config that comes with ds_jax is found by its name, as in
+`--config=ds_digits`.
 
 On several hosts the same command runs on each, and JAX finds the others by
 itself on Cloud TPU, GKE, SLURM and Open MPI. Elsewhere each is told by
@@ -20,9 +21,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ds_jax import checkpoint, config, cpu, data, hosts, paths
-from ds_jax.benchmark import command
-from ds_jax.train import experiment, loop
+from ds_jax import checkpoint, command_line, config, cpu, data, hosts, paths
+from ds_jax.train import loop
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'An experiment: a file of configs/.', lock_config=True
@@ -32,6 +32,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _MODE = flags.DEFINE_enum(
   'mode', 'train', ['train', 'evaluate', 'benchmark'], 'What to do.'
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+  'print_config', False, 'Print every field of the experiment, and end.'
 )
 
 _COORDINATOR = flags.DEFINE_string(
@@ -60,6 +63,11 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments {argv[1:]}.')
   logging.get_absl_handler().addFilter(_is_our_own)
+  if _PRINT_CONFIG.value:
+    _print_config(_CONFIG.value)
+    return
+  if _WORKDIR.value is None:
+    raise app.UsageError('--workdir is missing: where is the run to go?')
   cpu.keep_freed_memory()
   modes = {
     'train': loop.train,
@@ -80,8 +88,16 @@ def main(argv):
     _fail(hosts.explain(error))
 
 
+def _print_config(given):
+  try:
+    experiment = config.Experiment.from_config(given)
+  except config.ConfigError as error:
+    sys.exit(f'ConfigError: {error}')
+  print(command_line.listing(experiment))
+
+
 def _join_processes(given):
-  parallel = experiment.Experiment.from_config(given).parallel
+  parallel = config.Experiment.from_config(given).parallel
   hosts.initialize(
     _COORDINATOR.value,
     _NUM_PROCESSES.value,
@@ -111,6 +127,9 @@ def _cache_programs(workdir):
 def _benchmark(given, workdir):
   """Times the finished run, and writes `benchmark.json` in its workdir."""
   del given
+  # Imported here: training needs none of it.
+  from ds_jax.benchmark import command
+
   path = paths.expanded(workdir) / 'benchmark.json'
   command.run(command.Options(workdir=workdir, json=str(path)))
 
@@ -124,12 +143,12 @@ def _parse_flags(argv):
   """Parses the command line; a wrong field or value is a plain error."""
   argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   try:
-    argv, fields = config.split_arguments(argv, experiment.Experiment)
+    argv, fields = command_line.split_arguments(argv)
     # Where `config_flags` looks for fields by itself.
-    sys.argv = config.found(argv)
+    sys.argv = command_line.found(argv)
     rest = app.parse_flags_with_usage(sys.argv)
     if fields and _CONFIG.value is not None:
-      config.override(_CONFIG.value, fields, experiment.Experiment)
+      command_line.override(_CONFIG.value, fields)
   except config.ConfigError as error:
     sys.exit(f'ConfigError: {error}')
   except (AttributeError, KeyError, TypeError) as error:
@@ -138,6 +157,6 @@ def _parse_flags(argv):
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(['config', 'workdir'])
+  flags.mark_flag_as_required('config')
   flags.FLAGS.set_default('verbosity', logging.INFO)
   app.run(main, flags_parser=_parse_flags)

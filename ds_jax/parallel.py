@@ -20,7 +20,6 @@ other. Calibration takes the moments of the global batch with either (`united`):
 how images differ from those of other devices is lost in a mean over replicas.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -30,44 +29,16 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ds_jax import compiler, hosts, validation
-
-EXECUTORS = ('pjit', 'pmap')
+from ds_jax import compiler, hosts
+from ds_jax import config as config_lib
 
 STATE, BATCH, WHOLE, SUM = 'state', 'batch', 'whole', 'sum'
 
 _AXES = ('data', 'fsdp')
+_DEFAULT = config_lib.ParallelConfig()
 # Smaller arrays are not worth a collective of their own; and where a batch
 # norm's are in shards, so is the arithmetic on them, with a collective each.
 _MIN_SHARDED_SIZE = 1 << 16
-
-
-@dataclasses.dataclass(frozen=True)
-class ParallelConfig:
-  """How the devices share the work.
-
-  Attributes:
-    executor: `pjit` (batch norm over the global batch) or `pmap` (over each
-      device's part).
-    fsdp: over how many devices large parameters, their optimiser state and
-      their moving average are sharded; 1 keeps a copy on each. `pjit` only.
-    heartbeat_seconds: for how long a host may be silent until the others take
-      it for dead and end.
-  """
-
-  executor: str = 'pjit'
-  fsdp: int = 1
-  heartbeat_seconds: int = 60
-
-  def __post_init__(self):
-    validation.check_choice('executor', self.executor, EXECUTORS)
-    validation.check_range('fsdp', self.fsdp, low=1)
-    validation.check_range('heartbeat_seconds', self.heartbeat_seconds, low=1)
-    if self.executor == 'pmap' and self.fsdp > 1:
-      raise ValueError(
-        f"fsdp={self.fsdp} shards what every replica of executor='pmap' has"
-        " whole; set executor='pjit', or fsdp=1."
-      )
 
 
 class Executor:
@@ -79,7 +50,7 @@ class Executor:
 
   def __init__(
     self,
-    config: ParallelConfig = ParallelConfig(),
+    config: config_lib.ParallelConfig = _DEFAULT,
     devices: Sequence[jax.Device] | None = None,
   ):
     """Lays out the devices.
@@ -105,7 +76,9 @@ class Executor:
 
   def replicas(self) -> 'Executor':
     """Returns an executor whose devices each run on their own, as `pmap`."""
-    return Executor(ParallelConfig('pmap'), self.mesh.devices.flatten())
+    return Executor(
+      config_lib.ParallelConfig('pmap'), self.mesh.devices.flatten()
+    )
 
   def united(self) -> 'Executor':
     """Returns an executor of the global batch, as `pjit`, on the same mesh."""

@@ -14,7 +14,7 @@ import micro
 from ds_jax import models
 from ds_jax.benchmark import (
   command,
-  inference,
+  forward,
   onnxruntime,
   output,
   timing,
@@ -179,8 +179,8 @@ def test_a_run_is_measured_whole(workdir, capsys):
 
 def test_ways_to_dispatch_agree():
   model = ds_jax.create_model(**micro.MODEL)
-  subject = inference.Subject(model, 8)
-  ways = {w.name: w.call for w in inference.dispatch_ways(subject, 8)}
+  subject = forward.Subject(model, 8)
+  ways = {w.name: w.call for w in forward.dispatch_ways(subject, 8)}
   tiled = np.asarray(ways['tiled']())
   np.testing.assert_allclose(ways['vmapped switch'](), tiled, rtol=1e-5)
   # The grouped images are the same features under other buckets: compare the
@@ -194,7 +194,7 @@ def test_ways_to_dispatch_agree():
 
 
 def test_forced_routers_run_the_bucket_of_their_name():
-  subject = inference.Subject(ds_jax.create_model(**micro.MODEL), 8)
+  subject = forward.Subject(ds_jax.create_model(**micro.MODEL), 8)
   images = np.asarray(subject.images(1))
   for bucket in range(3):
     forced = subject.routed_to(bucket)(images)
@@ -215,7 +215,7 @@ def test_comparing_without_its_packages_says_what_to_install(
     return real(name, *args, **kwargs)
 
   monkeypatch.setattr(builtins, '__import__', without)
-  subject = inference.Subject(ds_jax.create_model(**micro.MODEL), 8)
+  subject = forward.Subject(ds_jax.create_model(**micro.MODEL), 8)
   with pytest.raises(ImportError, match='install --no-deps jax2onnx'):
     onnxruntime.compare(subject, [0], [1], seconds=0)
 
@@ -223,12 +223,12 @@ def test_comparing_without_its_packages_says_what_to_install(
 def test_a_bucket_that_does_not_exist_is_refused():
   model = ds_jax.create_model(**micro.MODEL)
   with pytest.raises(ValueError, match=r'expected some of \(0, 1, 2\)'):
-    inference.Subject(model, 8, buckets=(0, 3))
+    forward.Subject(model, 8, buckets=(0, 3))
 
 
 def test_chosen_buckets_are_compared_with_the_last_of_them():
   model = ds_jax.create_model(**micro.MODEL)
-  ways = inference.subnet_ways(inference.Subject(model, 8, (0, 1)), [2])
+  ways = forward.subnet_ways(forward.Subject(model, 8, (0, 1)), [2])
   assert {way.name.partition(',')[0] for way in ways} == {
     'bucket 0',
     'bucket 1',
@@ -263,7 +263,7 @@ def test_a_section_that_does_not_exist_is_refused(capsys):
 def test_a_sub_network_runs_in_onnx_runtime(tmp_path):
   pytest.importorskip('jax2onnx')
   pytest.importorskip('onnxruntime')
-  subject = inference.Subject(ds_jax.create_model(**micro.MODEL), 8)
+  subject = forward.Subject(ds_jax.create_model(**micro.MODEL), 8)
   for form in onnxruntime.FORMS:
     path = onnxruntime._export(subject, 1, 2, form, tmp_path)
     assert len(onnxruntime._run(path, subject.images(2), seconds=0)) >= 3

@@ -569,3 +569,24 @@ class RunningTest(parameterized.TestCase):
       shutil.rmtree(pathlib.Path(folder) / '1/state')
       with pytest.raises(checkpoint.CheckpointError, match='No intact'):
         checkpoint.restore(folder)
+
+
+def test_a_step_of_a_newer_format_is_no_damaged_one(tmp_path):
+  """It is not passed over for an older step."""
+  with checkpoint.Checkpointer(tmp_path) as saver:
+    saver.save(1, make_tree(1), META)
+    saver.wait()
+    with mock.patch.object(checkpoint, 'FORMAT', 3):
+      saver.save(2, make_tree(2), META)
+  expected = (
+    'has format 3, and this ds_jax knows 1 to 2: it was saved by a newer'
+  )
+  with pytest.raises(checkpoint.CheckpointError, match=expected):
+    checkpoint.restore(tmp_path)
+  assert checkpoint.restore(tmp_path, 1).step == 1
+  with (
+    checkpoint.Checkpointer(tmp_path) as saver,
+    pytest.raises(checkpoint.CheckpointError, match=expected),
+  ):
+    saver.restore_latest()
+  assert {path.name for path in tmp_path.iterdir()} == {'1', '2'}

@@ -1,18 +1,20 @@
 """Every config is read, fits its model and says how it is run."""
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import inspect
 import pathlib
 import re
+import typing
 
 import jax
 import numpy as np
 import pytest
 
-from ds_jax import models, parallel
-from ds_jax.train import experiment as experiments
+from ds_jax import config as config_lib
+from ds_jax import data, fields, models, parallel
 from ds_jax.train import gate, optimizer
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
@@ -41,13 +43,13 @@ def _variants():
 
 @pytest.mark.parametrize('get_config', [*_variants()])
 def test_config_is_read_and_fits_its_model(get_config):
-  experiment = experiments.Experiment.from_config(get_config())
+  experiment = config_lib.Experiment.from_config(get_config())
   model = models.create_abstract_model(**experiment.model)
   # The gate refuses a target that its buckets can't meet.
   gate.Gate(
     experiment.gate,
     model,
-    experiment.normalize,
+    data.normalizer(experiment.dataset.name),
     image_size=experiment.dataset.image_size,
     num_steps=round(100 * experiment.gate.num_epochs),
     steps_per_epoch=100,
@@ -101,7 +103,7 @@ def test_the_released_recipe_has_the_release_s_rates():
     steps = 1281167 // config.dataset.batch_size
     assert steps == 1281167 // 8 // 64
     schedule = optimizer.learning_rate_schedule(
-      optimizer.OptimizerConfig(**settings.optimizer),
+      config_lib.OptimizerConfig(**settings.optimizer),
       (epochs + 10) * steps,
       steps,
     )
@@ -114,11 +116,10 @@ def test_the_released_recipe_has_the_release_s_rates():
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-3)
 
 
-def test_options_that_the_readme_names_for_the_release_are_set_for_it():
+def test_options_that_are_named_for_the_release_are_set_for_it():
   (path,) = (path for path in _CONFIGS if path.stem == 'ds_mobilenet')
-  readme = (path.parents[1] / 'README.md').read_text()
-  section = readme[readme.index('## Where this differs') :]
-  rows = re.findall(r'^\| .* \| (.*) \|$', section, re.MULTILINE)[1:]
+  page = (path.parents[1] / 'docs' / 'paper.md').read_text()
+  rows = re.findall(r'^\| .* \| (.*) \|$', page, re.MULTILINE)[1:]
   names = [name for row in rows for name in re.findall(r'`([\w.]+)`', row)]
   assert len(names) > 15
   config = _load(path).get_config().to_dict()
@@ -127,3 +128,28 @@ def test_options_that_the_readme_names_for_the_release_are_set_for_it():
     where, _, option = name.rpartition('.')
     places = [sections[where]] if where else sections.values()
     assert any(isinstance(p, dict) and option in p for p in places), name
+
+
+def _stated(cls, values, where=''):
+  """Fields that a config states, and whether each is as it would be anyway."""
+  hints = typing.get_type_hints(cls)
+  for name, value in values.items():
+    if dataclasses.is_dataclass(hints[name]):
+      yield from _stated(hints[name], value, f'{where}{name}.')
+    elif name != 'model':
+      default = fields.default_of(cls, name)
+      yield f'{where}{name}', default is not None and value == default
+
+
+@pytest.mark.parametrize(
+  'path',
+  # The released recipe states all that the release does.
+  [path for path in _CONFIGS if path.stem != 'ds_mobilenet'],
+  ids=lambda path: path.stem,
+)
+def test_a_config_states_what_differs_from_the_defaults(path):
+  config = _load(path).get_config().to_dict()
+  stated = dict(_stated(config_lib.Experiment, config))
+  assert stated and not [
+    name for name, is_default in stated.items() if is_default
+  ]

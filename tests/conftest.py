@@ -11,6 +11,7 @@ pool: with fewer than two threads a simulated device, collectives in flight
 deadlock on a small machine.
 """
 
+import gc
 import importlib.metadata
 import inspect
 import os
@@ -41,6 +42,9 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 import jax  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Tracing makes so many objects that collecting them took a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_addoption(parser):

@@ -8,20 +8,20 @@ import numpy as np
 import optax
 import pytest
 
+import fixed
 import micro
 import routed
+from ds_jax import config as config_lib
 from ds_jax import (
   convert,
-  evaluate,
+  evaluation,
   export,
+  inference,
   models,
   parallel,
-  predict,
-  report,
   routing,
 )
-from ds_jax.train import gate, optimizer, supernet
-from models import fixed
+from ds_jax.train import gate, supernet
 
 BUCKETS = (0, 2)
 
@@ -66,7 +66,7 @@ def chosen(model, images):
 
 
 def make_predictor(model, **options):
-  return predict.Predictor(
+  return inference.Predictor(
     model, image_size=8, mean=(0.4,) * 3, std=(0.2,) * 3, **options
   )
 
@@ -153,12 +153,12 @@ def test_an_evaluation_has_all_and_routes_to_them(
   labels = logits[3].argmax(-1)
   batch = {'images': images, 'labels': labels, 'mask': np.ones(24, bool)}
   executor = parallel.Executor()
-  evaluator = evaluate.Evaluator(model, routed.as_floats, executor)
+  evaluator = evaluation.Evaluator(model, routed.as_floats, executor)
   variables = executor.put(models.variables_of(model))
   sweep = evaluator.sweep(variables, [batch])
   right = logits.argmax(-1) == labels
   np.testing.assert_array_equal(sweep.top1, right)
-  results = evaluate.results(
+  results = evaluation.summarize(
     sweep, model, 8, gate={'target': 'sandwich', 'target_madds': None}
   )
   assert len(results['subnets']) == 4 and results['buckets'] == [0, 2]
@@ -167,13 +167,13 @@ def test_an_evaluation_has_all_and_routes_to_them(
   np.testing.assert_allclose(results['routed']['shares'], shares)
   dearest = results['routers']['gate'][-1]
   np.testing.assert_allclose(dearest['madds'], results['subnets'][2]['madds'])
-  assert f'0: {shares[0]:.1%}, 2: {shares[1]:.1%}' in report.table(results)
+  assert f'0: {shares[0]:.1%}, 2: {shares[1]:.1%}' in evaluation.table(results)
 
 
 def test_stage_one_draws_from_all_and_stage_two_trains_a_head_for_them(
   model, images
 ):
-  sgd = optimizer.OptimizerConfig('sgd', learning_rate=0.1)
+  sgd = config_lib.OptimizerConfig('sgd', learning_rate=0.1)
   common = {
     'num_steps': 8,
     'steps_per_epoch': 8,
@@ -181,7 +181,7 @@ def test_stage_one_draws_from_all_and_stage_two_trains_a_head_for_them(
     'executor': parallel.Executor(),
   }
   first = supernet.Supernet(
-    supernet.SupernetConfig(1, sgd, num_random=1),
+    config_lib.SupernetConfig(1, sgd, num_random=1),
     model,
     routed.as_floats,
     **common,
@@ -189,7 +189,11 @@ def test_stage_one_draws_from_all_and_stage_two_trains_a_head_for_them(
   drawn = {s.index for step in range(20) for s in first.draw(step)}
   assert drawn == {1, 2}
   second = gate.Gate(
-    gate.GateConfig(1, sgd), model, routed.as_floats, image_size=8, **common
+    config_lib.GateConfig(1, sgd),
+    model,
+    routed.as_floats,
+    image_size=8,
+    **common,
   )
   before = models.variables_of(model)
   state = second.init(before)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from convert import plain
+import plain
 from ds_jax import convert, models
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
+from ds_jax import config as config_lib
 from ds_jax import convert, models, parallel
-from ds_jax.train import losses, optimizer, supernet
+from ds_jax.train import losses, supernet
 
 GOLDEN = dict(
   np.load(pathlib.Path(__file__).parent / 'official_dsnet_tiny.npz')
@@ -162,9 +163,9 @@ class BootstrappingTest(GoldenTestCase):
   def setUpClass(cls):
     super().setUpClass()
     executor = parallel.Executor(devices=jax.devices()[:1])
-    config = supernet.SupernetConfig(
+    config = config_lib.SupernetConfig(
       num_epochs=1,
-      optimizer=optimizer.OptimizerConfig(),
+      optimizer=config_lib.OptimizerConfig(),
       label_smoothing=0.1,
       momentum=0.1,
     )

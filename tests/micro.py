@@ -96,10 +96,9 @@ def save_finished_run(folder: pathlib.Path, **meta) -> None:
       rng.normal(size=(200, 3, 3)).astype(np.float32),
       rng.integers(0, 3, 200),
     ),
-    'mask': np.ones(200, bool),
   }
   meta = {
-    'stage': 'budget', 'model': MODEL, 'image_size': 8,
+    'stage': 'held_out', 'model': MODEL, 'image_size': 8,
     'crop_ratio': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3,
     'gate': {'target': 'sandwich', 'target_madds': 4e3}, **meta,
   }  # fmt: skip

@@ -1,6 +1,8 @@
 """What importing the package and its commands costs and prints."""
 
+import ast
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -60,3 +62,46 @@ def test_summary_table_is_for_people(capsys):
   out = capsys.readouterr().out
   assert 'ds_mobilenet_tiny, 32 pixels, 10 classes' in out
   assert '16 kernel=3 | 32 kernel=3 | 48 kernel=3 | 16 kernel=3 | 32' in out
+
+
+# Rooms from the ground up: a module imports its own room and those below.
+_ROOMS = (
+  ('version', 'paths', 'fields', 'validation', 'compiler', 'cpu'),
+  ('config', 'hosts'),
+  ('command_line', 'checkpoint', 'parallel'),
+  ('nn', 'data'),
+  ('models',),
+  ('routing', 'convert'),
+  ('evaluation', 'inference'),
+  ('train',),
+  ('summary', 'export', 'benchmark'),
+  ('main',),
+)
+
+
+def _imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == 'ds_jax':
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module.startswith('ds_jax.'):
+      yield node.module.split('.')[1]
+    elif isinstance(node, ast.Import):
+      yield from (
+        alias.name.split('.')[1]
+        for alias in node.names
+        if alias.name.startswith('ds_jax.')
+      )
+
+
+def test_imports_run_downward():
+  level = {room: i for i, rooms in enumerate(_ROOMS) for room in rooms}
+  root = pathlib.Path(ds_jax.__file__).parent
+  seen = set()
+  for path in root.rglob('*.py'):
+    room = path.relative_to(root).parts[0].removesuffix('.py')
+    if room in ('__init__', 'configs'):
+      continue
+    seen.add(room)
+    for other in set(_imports(path)) - {room}:
+      assert level[other] < level[room], f'{path} imports {other}'
+  assert seen == level.keys()

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
+import fixed
 import micro
-from ds_jax import models
-from models import fixed
+from ds_jax import models, routing
 
 
 def make_images(count):
@@ -37,3 +37,9 @@ def make_model(images, **options):
     head[...] -= jnp.outer(mean, mean @ head[...]) / (mean @ mean)
   head[...] *= 5
   return model
+
+
+def route(router, branches, gate_logits, features):
+  """Routes features, with the gate's logits given."""
+  network = routing.Network(lambda x: x, lambda x: gate_logits, branches)
+  return routing.route(router, network, features)

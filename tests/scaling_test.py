@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import micro
-from ds_jax import models, parallel
+from ds_jax import config as config_lib
+from ds_jax import models
 from ds_jax.benchmark import collectives, scaling
 
 MODEL = dict(
@@ -179,7 +180,7 @@ def test_the_fewest_bytes_are_those_of_a_sum_by_hand(is_replicated, shards):
     for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
   executor = scaling._Recorder(
-    parallel.ParallelConfig('pmap' if is_replicated else 'pjit', shards),
+    config_lib.ParallelConfig('pmap' if is_replicated else 'pjit', shards),
     is_abstract=True,
   )
   found = scaling.fewest(model, 'supernet', executor)

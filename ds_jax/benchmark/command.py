@@ -14,9 +14,10 @@ import jaxlib
 import numpy as np
 from absl import logging
 
-from ds_jax import checkpoint, cpu, data, models, paths, predict
+from ds_jax import checkpoint, cpu, inference, models, paths
+from ds_jax import config as config_lib
 from ds_jax.benchmark import (
-  inference,
+  forward,
   onnxruntime,
   output,
   routers,
@@ -74,93 +75,135 @@ def run(options: Options) -> dict[str, Any]:
   """Measures, prints the table, writes the file, and returns what is in it."""
   config, image_size = _what(options)
   if options.workdir:
-    predictor = predict.Predictor.restore(options.workdir)
+    predictor = inference.Predictor.restore(options.workdir)
     model = predictor.model
   else:
     predictor, model = None, _without_zeros(models.create_model(**config))
-  subject = inference.Subject(model, image_size, options.buckets)
-  about = _about(options, subject)
-  rows: list[timing.Row] = []
-  results: dict[str, Any] = {'ratios': {}, 'lists': {}}
-  ratios, lists = results['ratios'], results['lists']
-
-  def measure(ways):
-    if not ways:
-      return []
-    logging.info('%s, batch %d ...', ways[0].section, ways[0].batch_size)
-    new = timing.time_in_turn(ways, options.seconds)
-    rows.extend(new)
-    # Again and again, so that a run that is cut short leaves something.
-    if options.json:
-      output.write(
-        pathlib.Path(paths.expanded(options.json)), about, rows, results
-      )
-    return new
-
-  (matmul,) = measure(training.matmul_ways(model.dtype))
+  subject = forward.Subject(model, image_size, options.buckets)
+  report = _Report(options, _about(options, subject))
+  (matmul,) = report.measure(training.matmul_ways(model.dtype))
   rate = matmul.madds_per_second
   if 'sub-networks' in options.sections:
-    new = []
-    for batch_size in options.batch_sizes:
-      new += measure(inference.subnet_ways(subject, [batch_size]))
-    found, lists['sub-networks'] = inference.subnet_ratios(subject, new, rate)
-    ratios.update(found)
+    _measure_sub_networks(report, subject, rate)
   if 'dispatch' in options.sections:
-    largest = max(options.batch_sizes)
-    *ways, vmapped = inference.dispatch_ways(subject, largest)
-    # By itself, since it takes so much memory that it slows down the others.
-    new = measure(ways) + measure([vmapped])
-    ratios.update(inference.dispatch_ratios(new))
-    depthwise = measure(inference.depthwise_ways(subject))
-    if depthwise and jax.default_backend() == 'cpu':
-      ratios.update(inference.depthwise_ratios(depthwise))
+    _measure_dispatch(report, subject)
   if 'memory' in options.sections:
-    largest = max(options.batch_sizes)
-    used = inference.memory(subject, largest)
-    lists['memory_bytes'] = used
-    ratios['routed_over_widest_memory'] = (
+    used = forward.memory(subject, max(options.batch_sizes))
+    report.lists['memory_bytes'] = used
+    report.ratios['routed_over_widest_memory'] = (
       used['routed'] / used['dearest bucket']
     )
   if 'training' in options.sections:
-    forward, gradient, *steps = training.training_ways(
-      model, image_size, options.train_batch_size
-    )
-    # Without the steps, which leave their memory all over the caches.
-    new = measure([forward, gradient])
-    measure(steps)
-    ratios.update(training.training_ratios(new))
-    measure(training.pipeline_ways(_dataset(options, image_size)))
+    _measure_training(report, subject)
   if 'start-up' in options.sections:
     seconds = start_up.measure(config, image_size)
-    lists['start_up_seconds'] = seconds
-    ratios['warm_over_cold_start'] = seconds['warm'] / seconds['cold']
+    report.lists['start_up_seconds'] = seconds
+    report.ratios['warm_over_cold_start'] = seconds['warm'] / seconds['cold']
   if 'routers' in options.sections and predictor:
     images = routers.test_images(options.workdir, options.num_images)
     for batch_size in options.batch_sizes:
-      measure(routers.router_ways(predictor, images, batch_size))
+      report.measure(routers.router_ways(predictor, images, batch_size))
   if options.compare == 'onnxruntime':
-    new, found = onnxruntime.compare(
-      subject,
-      inference.spread_out(subject.own.costs.indices, 3),
-      options.batch_sizes,
-      options.seconds / 10,
-    )
-    rows.extend(new)
-    ratios['onnxruntime_over_ours'] = found['direct']
-    lists['onnxruntime_over_ours'] = found
+    _compare(report, subject)
+  report.end(rate)
+  return report.results
 
-  print(', '.join(f'{name} {value}' for name, value in about.items()))
-  print(output.table(rows, rate))
-  print()
-  print(json.dumps(results, indent=2))
-  if options.json:
-    path = pathlib.Path(paths.expanded(options.json))
-    output.write(path, about, rows, results)
-    try:
-      output.plot(rows, path.with_suffix('.png'))
-    except ImportError:
-      logging.info("No plot without matplotlib: pip install -e '.[plot]'.")
-  return results
+
+class _Report:
+  """What is measured, and where it goes.
+
+  Attributes:
+    ratios: by name.
+    lists: what the ratios are made of, and other figures.
+    rows: what was timed.
+  """
+
+  def __init__(self, options: Options, about: dict[str, Any]):
+    self.options = options
+    self.ratios, self.lists = {}, {}
+    self.rows: list[timing.Row] = []
+    self._about = about
+
+  @property
+  def results(self) -> dict[str, Any]:
+    """What the file holds, beside the rows."""
+    return {'ratios': self.ratios, 'lists': self.lists}
+
+  def measure(self, ways: Sequence[timing.Way]) -> list[timing.Row]:
+    """Times ways in turn."""
+    if not ways:
+      return []
+    logging.info('%s, batch %d ...', ways[0].section, ways[0].batch_size)
+    new = timing.time_in_turn(ways, self.options.seconds)
+    self.rows.extend(new)
+    # Each time, so that a run that is cut short leaves something.
+    self._write()
+    return new
+
+  def end(self, matmul_rate: float) -> None:
+    """Prints and writes everything."""
+    print(', '.join(f'{name} {value}' for name, value in self._about.items()))
+    print(output.table(self.rows, matmul_rate))
+    print()
+    print(json.dumps(self.results, indent=2))
+    path = self._write()
+    if path:
+      try:
+        output.plot(self.rows, path.with_suffix('.png'))
+      except ImportError:
+        logging.info("No plot without matplotlib: pip install -e '.[plot]'.")
+
+  def _write(self) -> pathlib.Path | None:
+    if not self.options.json:
+      return None
+    path = pathlib.Path(paths.expanded(self.options.json))
+    output.write(path, self._about, self.rows, self.results)
+    return path
+
+
+def _measure_sub_networks(report, subject, matmul_rate):
+  rows = []
+  for batch_size in report.options.batch_sizes:
+    rows += report.measure(forward.subnet_ways(subject, [batch_size]))
+  found, report.lists['sub-networks'] = forward.subnet_ratios(
+    subject, rows, matmul_rate
+  )
+  report.ratios.update(found)
+
+
+def _measure_dispatch(report, subject):
+  largest = max(report.options.batch_sizes)
+  *ways, vmapped = forward.dispatch_ways(subject, largest)
+  # On its own, since it takes so much memory that it slows down the others.
+  rows = report.measure(ways) + report.measure([vmapped])
+  report.ratios.update(forward.dispatch_ratios(rows))
+  depthwise = report.measure(forward.depthwise_ways(subject))
+  if depthwise and jax.default_backend() == 'cpu':
+    report.ratios.update(forward.depthwise_ratios(depthwise))
+
+
+def _measure_training(report, subject):
+  options, size = report.options, subject.image_size
+  ahead, gradient, *steps = training.training_ways(
+    subject.model, size, options.train_batch_size
+  )
+  # Without the steps, which leave their memory all over the caches.
+  rows = report.measure([ahead, gradient])
+  report.measure(steps)
+  report.ratios.update(training.training_ratios(rows))
+  report.measure(training.pipeline_ways(_dataset(options, size)))
+
+
+def _compare(report, subject):
+  rows, found = onnxruntime.compare(
+    subject,
+    forward.spread_out(subject.own.costs.indices, 3),
+    report.options.batch_sizes,
+    report.options.seconds / 10,
+  )
+  report.rows.extend(rows)
+  report.ratios['onnxruntime_over_ours'] = found['direct']
+  report.lists['onnxruntime_over_ours'] = found
 
 
 def _what(options) -> tuple[dict[str, Any], int]:
@@ -196,7 +239,9 @@ def _dataset(options, image_size):
   if options.workdir:
     return routers.dataset_of(options.workdir)
   # The one that is always there, resized.
-  return data.DataConfig(name='digits', image_size=image_size, batch_size=64)
+  return config_lib.DataConfig(
+    name='digits', image_size=image_size, batch_size=64
+  )
 
 
 def _about(options, subject):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds_jax import models
-from ds_jax.benchmark import inference, timing
+from ds_jax.benchmark import forward, timing
 from ds_jax.nn import conv, dense, gate
 
 FORMS = ('direct', 'convolutions')
@@ -31,7 +31,7 @@ _ROUNDS = 3
 
 
 def compare(
-  subject: inference.Subject,
+  subject: forward.Subject,
   buckets: Sequence[int],
   batch_sizes: Sequence[int],
   seconds: float,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ds_jax import checkpoint, data, predict, routing
+from ds_jax import checkpoint, data, inference, routing
+from ds_jax import config as config_lib
 from ds_jax.benchmark import timing
 
 # Shares of the dearest bucket's MAdds.
@@ -15,7 +16,7 @@ _ROUTERS = ('gate', 'cascade')
 
 
 def router_ways(
-  predictor: predict.Predictor, images: np.ndarray, batch_size: int
+  predictor: inference.Predictor, images: np.ndarray, batch_size: int
 ) -> list[timing.Way]:
   """Buckets and routers on the same images.
 
@@ -50,7 +51,7 @@ def router_ways(
   return ways
 
 
-def _routed(predictor) -> dict[str, predict.Predictor]:
+def _routed(predictor) -> dict[str, inference.Predictor]:
   """The router of the run, and those of some budgets."""
   routed = {"the run's gate": predictor}
   for router in _ROUTERS:
@@ -65,10 +66,10 @@ def _routed(predictor) -> dict[str, predict.Predictor]:
 
 
 @functools.cache
-def dataset_of(workdir: str) -> data.DataConfig:
+def dataset_of(workdir: str) -> config_lib.DataConfig:
   """Returns the run's own data set."""
   meta = checkpoint.restore(checkpoint.directory_of(workdir)).meta
-  return data.DataConfig(**meta['config']['dataset'])
+  return config_lib.DataConfig(**meta['config']['dataset'])
 
 
 def test_images(workdir: str, count: int) -> np.ndarray:

@@ -33,16 +33,17 @@ import numpy as np
 from absl import logging
 from jax.sharding import PartitionSpec
 
+from ds_jax import config as config_lib
 from ds_jax import cpu, data, models, parallel, paths
 from ds_jax.benchmark import collectives, timing
-from ds_jax.train import gate, optimizer, supernet
+from ds_jax.train import gate, supernet
 
 SIMULATED = (1, 2, 4, 8)
 # Payloads below this take their latency, on any fast network.
 SMALL_BYTES = 2**16
 
 _MANY_STEPS = 10**6
-_OPTIMIZER = optimizer.OptimizerConfig(name='sgd', learning_rate=1e-3)
+_OPTIMIZER = config_lib.OptimizerConfig(name='sgd', learning_rate=1e-3)
 _FLOAT_BYTES = 4
 _DEVICES_FLAG = '--xla_force_host_platform_device_count'
 _CHILD = (
@@ -61,7 +62,7 @@ class Options:
     batch_size: of all devices together, whatever their number.
     devices: numbers of devices simulated on the CPU; None means `SIMULATED`,
       or, where JAX finds an accelerator, its devices.
-    executors: some of `parallel.EXECUTORS`.
+    executors: some of `config_lib.EXECUTORS`.
     fsdp: numbers of shards; those that fit neither the executor nor the number
       of devices are left out.
     seconds: for which the steps of each combination are timed.
@@ -73,7 +74,7 @@ class Options:
   image_size: int
   batch_size: int = 64
   devices: Sequence[int] | None = None
-  executors: Sequence[str] = parallel.EXECUTORS
+  executors: Sequence[str] = config_lib.EXECUTORS
   fsdp: Sequence[int] = (1, 8)
   seconds: float = 10.0
   compile_only: bool = False
@@ -87,7 +88,7 @@ class _Recorder(parallel.Executor):
   `jax.ShapeDtypeStruct`s, so that a model of any size will do.
   """
 
-  def __init__(self, config: parallel.ParallelConfig, *, is_abstract: bool):
+  def __init__(self, config: config_lib.ParallelConfig, *, is_abstract: bool):
     self.calls: list[tuple[str, list[collectives.Collective]]] = []
     self._is_abstract = is_abstract
     self.is_replicated = config.executor == 'pmap'
@@ -327,7 +328,7 @@ def child(task: str) -> None:
   )
   model = make(**options.model)
   executor = _Recorder(
-    parallel.ParallelConfig(task['executor'], task['fsdp']),
+    config_lib.ParallelConfig(task['executor'], task['fsdp']),
     is_abstract=options.compile_only,
   )
   ways, stages = [], {}
@@ -390,10 +391,10 @@ def _stages(model, image_size, executor):
     num_steps=_MANY_STEPS, steps_per_epoch=_MANY_STEPS, seed=0,
     executor=executor,
   )  # fmt: skip
-  first = supernet.SupernetConfig(
+  first = config_lib.SupernetConfig(
     num_epochs=1, optimizer=_OPTIMIZER, num_random=_num_random(model)
   )
-  second = gate.GateConfig(num_epochs=1, optimizer=_OPTIMIZER)
+  second = config_lib.GateConfig(num_epochs=1, optimizer=_OPTIMIZER)
   return {
     'Stage I': supernet.Supernet(first, model, _normalize, **common),
     'Stage II': gate.Gate(
@@ -470,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--image_size', type=int, help='pixels a side')
   parser.add_argument('--batch_size', type=int, default=defaults['batch_size'])
   parser.add_argument('--devices', type=_numbers, help='simulated, as 1,2,4,8')
-  parser.add_argument('--executors', type=_names, default=parallel.EXECUTORS)
+  parser.add_argument('--executors', type=_names, default=config_lib.EXECUTORS)
   parser.add_argument('--fsdp', type=_numbers, default=defaults['fsdp'])
   parser.add_argument(
     '--seconds', type=float, default=defaults['seconds'],

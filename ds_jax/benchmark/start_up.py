@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ds_jax import models, predict
+from ds_jax import inference, models
 
 
 def measure(model: Mapping[str, Any], image_size: int) -> dict[str, float]:
@@ -53,7 +53,7 @@ def _main(model, image_size) -> None:
   jax.block_until_ready(models.variables_of(model))
   image = np.zeros((1, image_size, image_size, 3), np.uint8)
   start = time.perf_counter()
-  predictor = predict.Predictor(
+  predictor = inference.Predictor(
     model, image_size=image_size, mean=(0.5,) * 3, std=(0.25,) * 3
   )
   predictor(image)

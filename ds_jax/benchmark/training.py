@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds_jax import compiler, data, models, parallel
+from ds_jax import config as config_lib
 from ds_jax.benchmark import timing
-from ds_jax.train import gate, optimizer, supernet
+from ds_jax.train import gate, supernet
 
 # A small product is too short for other machines than a CPU.
 _MATMUL_SIZES = {'cpu': 2048}
@@ -68,7 +69,7 @@ def training_ratios(rows: Sequence[timing.Row]) -> dict[str, float]:
   return {'gradient_over_forward': ratio}
 
 
-def pipeline_ways(config: data.DataConfig) -> list[timing.Way]:
+def pipeline_ways(config: config_lib.DataConfig) -> list[timing.Way]:
   """Training batches, read and augmented, and nothing else."""
   batches = data.train_batches(config, seed=0)
   name = f'{config.name.partition(":")[0]}, {config.image_size} pixels'
@@ -80,7 +81,7 @@ def pipeline_ways(config: data.DataConfig) -> list[timing.Way]:
 
 
 def _supernet_step(model, image_size, batch):
-  options = supernet.SupernetConfig(
+  options = config_lib.SupernetConfig(
     num_epochs=1,
     optimizer=_OPTIMIZER,
     num_random=min(2, len(model.sub_networks) - 2),
@@ -93,7 +94,7 @@ def _supernet_step(model, image_size, batch):
 
 
 def _gate_step(model, image_size, batch):
-  options = gate.GateConfig(num_epochs=1, optimizer=_OPTIMIZER)
+  options = config_lib.GateConfig(num_epochs=1, optimizer=_OPTIMIZER)
   _, step = _step_of(gate.Gate, options, model, batch, image_size=image_size)
   return step
 
@@ -116,7 +117,7 @@ def _step_of(make, options, model, batch, **more):
   return stage, step
 
 
-_OPTIMIZER = optimizer.OptimizerConfig(name='sgd', learning_rate=1e-3)
+_OPTIMIZER = config_lib.OptimizerConfig(name='sgd', learning_rate=1e-3)
 
 
 def _normalize(images):

@@ -14,14 +14,13 @@ which are leading slices of it, only an order of the channels makes something
 
 from ds_jax.convert.files import read
 from ds_jax.convert.formats import from_state, recognise
-from ds_jax.convert.importance import IMPORTANCES, sort_channels
+from ds_jax.convert.importance import sort_channels
 from ds_jax.convert.network import from_network
 from ds_jax.convert.official import from_official
 from ds_jax.convert.torchvision import from_torchvision_resnet50
 from ds_jax.convert.vit import from_timm_vit
 
 __all__ = [
-  'IMPORTANCES',
   'from_network',
   'from_official',
   'from_state',

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import serialization
 
-from ds_jax import checkpoint, data, models
+from ds_jax import checkpoint, config, data, models
 from ds_jax.convert import files, formats, importance
 
 _IMAGENET = data.channel_statistics('imagenet2012')
@@ -134,13 +134,13 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument(
     '--sort',
-    choices=importance.IMPORTANCES,
+    choices=config.IMPORTANCES,
     help='order the channels by their importance, so that narrow networks keep'
     ' the best; default: as they are',
   )
   parser.add_argument(
     '--interpolation',
-    choices=data.INTERPOLATIONS,
+    choices=config.INTERPOLATIONS,
     help="how images of another size are resized; default: as the weights'"
     ' authors evaluate, bicubic for DS-Net and timm, else bilinear',
   )

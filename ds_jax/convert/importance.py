@@ -12,11 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ds_jax import models, validation
+from ds_jax import config, models, validation
 from ds_jax.convert import loading
-from ds_jax.models import channels
-
-IMPORTANCES = ('norm_scale', 'l1')
 
 
 def sort_channels(model: nnx.Module, by: str = 'norm_scale') -> nnx.Module:
@@ -37,9 +34,9 @@ def sort_channels(model: nnx.Module, by: str = 'norm_scale') -> nnx.Module:
   Raises:
     ValueError: for another `by`.
   """
-  validation.check_choice('by', by, IMPORTANCES)
+  validation.check_choice('by', by, config.IMPORTANCES)
   arrays = {p: np.asarray(a) for p, a in loading.flat_arrays(model).items()}
-  for group in channels.channel_groups(model):
+  for group in model.channel_groups():
     sizes = [_num_channels(arrays, member) for member in group]
     order = _order(_importances(arrays, group, by, max(sizes)), sizes)
     for member, size in zip(group, sizes, strict=True):

@@ -2,7 +2,6 @@
 
 from ds_jax.data.pipeline import (
   Batch,
-  DataConfig,
   eval_batches,
   load_part,
   num_eval_batches,
@@ -17,13 +16,12 @@ from ds_jax.data.sources import (
   channel_statistics,
   dataset_info,
   load_source,
+  normalizer,
 )
-from ds_jax.data.transforms import INTERPOLATIONS, for_evaluation, normalize
+from ds_jax.data.transforms import for_evaluation, normalize
 
 __all__ = [
-  'INTERPOLATIONS',
   'Batch',
-  'DataConfig',
   'DatasetInfo',
   'DatasetNotFoundError',
   'Example',
@@ -35,6 +33,7 @@ __all__ = [
   'load_part',
   'load_source',
   'normalize',
+  'normalizer',
   'num_eval_batches',
   'num_images',
   'train_batches',

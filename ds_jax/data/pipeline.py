@@ -10,7 +10,6 @@ are new (`hosts.versions`).
 Axes: N images of one process's share of a batch, S side of an image.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from ds_jax import validation
+from ds_jax import config as config_lib
 from ds_jax.data import augment, sources, transforms
 
 Batch = dict[str, np.ndarray]
@@ -28,103 +27,11 @@ Batch = dict[str, np.ndarray]
 _MANY_STEPS = 1 << 40
 
 PARTS = ('test', 'train', 'gate', 'budget')
-_CROPS = (None, 'pad', 'resized')
 # What a batch calls the first and the second view.
 _VIEWS = {1: ('images',), 2: ('images', 'teacher_images')}
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What to read and how to augment it.
-
-  Attributes:
-    name: of the data set, as in `load_source`.
-    data_dir: as in `load_source`.
-    image_size: S, in pixels.
-    batch_size: images in a global batch, of all processes together.
-    crop: training crop: 'pad' (`random_crop` of the evaluation image),
-      'resized' (`random_resized_crop`) or None.
-    crop_padding: pixels on every side, for 'pad'.
-    crop_scale: range of the crop's share of the area, for 'resized'.
-    crop_ratio: share of the short side that evaluation keeps of an image
-      that has to be resized; 0.875 is usual for ImageNet.
-    interpolation: `bilinear` or `bicubic`, of training, evaluation and
-      prediction alike; antialiased.
-    flip: whether training mirrors half of the images.
-    randaugment_layers: operations of `rand_augment` on a training image; 0 is
-      off, 2 is usual.
-    randaugment_magnitude: of those, 0 .. 10.
-    randaugment_increasing: whether none of them is milder for a higher one.
-    color_jitter: range of training's `color_jitter` about 1; 0 is off.
-    erasing_probability: of `random_erasing` in training; 0 is off.
-    erasing_noise: 'uniform' in 0 .. 255, or 'normal' with the mean and the
-      deviation of the data set's channels (`channel_statistics`).
-    gate_share: of the train split, held out from Stage I for the gate.
-    budget_share: of the train split, held out from all training; thresholds
-      of routers are set on it.
-    num_threads: that prepare batches, each a part of one; 0 reads when asked,
-      in the caller's. Decoding large images gains from one a core. Small images
-      in memory are fastest with 1: more of them only wait for Python's global
-      lock.
-    read_ahead_mib: how much of batches is prepared ahead, in MiB; one batch at
-      least, and 2 * num_threads batches at most.
-  """
-
-  name: str
-  data_dir: str | None = None
-  image_size: int = 32
-  batch_size: int = 128
-  crop: str | None = 'pad'
-  crop_padding: int = 4
-  crop_scale: tuple[float, float] = (0.08, 1.0)
-  crop_ratio: float = 1.0
-  interpolation: str = 'bilinear'
-  flip: bool = True
-  randaugment_layers: int = 0
-  randaugment_magnitude: float = 9.0
-  randaugment_increasing: bool = True
-  color_jitter: float = 0.0
-  erasing_probability: float = 0.0
-  erasing_noise: str = 'uniform'
-  gate_share: float = 0.0
-  budget_share: float = 0.0
-  num_threads: int = 2
-  read_ahead_mib: int = 512
-
-  def __post_init__(self):
-    if self.crop not in _CROPS:
-      raise ValueError(f'Unknown crop {self.crop!r}; known: {_CROPS}.')
-    validation.check_choice(
-      'interpolation', self.interpolation, transforms.INTERPOLATIONS
-    )
-    validation.check_choice(
-      'erasing_noise', self.erasing_noise, ('uniform', 'normal')
-    )
-    low, high = self.crop_scale
-    limits = {
-      'image_size': self.image_size >= 1,
-      'batch_size': self.batch_size >= 1,
-      'crop_padding': self.crop_padding >= 0,
-      'crop_scale': 0 < low <= high <= 1,
-      'crop_ratio': 0 < self.crop_ratio <= 1,
-      'randaugment_layers': self.randaugment_layers >= 0,
-      'randaugment_magnitude': 0 <= self.randaugment_magnitude <= 10,
-      'color_jitter': 0 <= self.color_jitter <= 1,
-      'erasing_probability': 0 <= self.erasing_probability <= 1,
-      'gate_share': 0 <= self.gate_share < 1,
-      'budget_share': 0 <= self.budget_share < 1 - self.gate_share,
-      'num_threads': self.num_threads >= 0,
-      'read_ahead_mib': self.read_ahead_mib >= 0,
-    }
-    for option, fits in limits.items():
-      if not fits:
-        raise ValueError(
-          f'Data set option {option} is out of range:'
-          f' {getattr(self, option)!r}.'
-        )
-
-
-def load_part(config: DataConfig, part: str) -> sources.Source:
+def load_part(config: config_lib.DataConfig, part: str) -> sources.Source:
   """Opens the test split, or one of the disjoint parts of the train split.
 
   Which images are held out depends on the shares alone, not on a seed.
@@ -171,7 +78,7 @@ def load_part(config: DataConfig, part: str) -> sources.Source:
   return sources.Subset(source, indices)
 
 
-def num_images(config: DataConfig) -> dict[str, int]:
+def num_images(config: config_lib.DataConfig) -> dict[str, int]:
   """Returns how many images there are in each part that the shares make.
 
   Args:
@@ -187,7 +94,7 @@ def num_images(config: DataConfig) -> dict[str, int]:
 
 
 def train_batches(
-  config: DataConfig,
+  config: config_lib.DataConfig,
   *,
   seed: int,
   part: str = 'train',
@@ -260,7 +167,7 @@ def train_batches(
 
 
 def eval_batches(
-  config: DataConfig,
+  config: config_lib.DataConfig,
   part: str = 'test',
   *,
   start_step: int = 0,
@@ -298,7 +205,7 @@ def eval_batches(
   return _iterate(load_rows, steps, local_size, config)
 
 
-def num_eval_batches(config: DataConfig, part: str = 'test') -> int:
+def num_eval_batches(config: config_lib.DataConfig, part: str = 'test') -> int:
   """How many batches `eval_batches` gives, the same on every process.
 
   Args:
@@ -311,12 +218,12 @@ def num_eval_batches(config: DataConfig, part: str = 'test') -> int:
   return _num_batches(load_part(config, part), config)
 
 
-def _num_batches(source: sources.Source, config: DataConfig) -> int:
+def _num_batches(source: sources.Source, config: config_lib.DataConfig) -> int:
   return -(-len(source) // config.batch_size)
 
 
 def _local_batch_size(
-  config: DataConfig, process_index: int, process_count: int
+  config: config_lib.DataConfig, process_index: int, process_count: int
 ) -> int:
   """One process's share of the global batch."""
   if not 0 <= process_index < process_count:
@@ -332,7 +239,7 @@ def _local_batch_size(
 
 
 def _training_example(
-  config: DataConfig,
+  config: config_lib.DataConfig,
   num_views: int,
   is_augmented: bool,
   example: sources.Example,
@@ -350,7 +257,7 @@ def _training_example(
 
 
 def _augment(
-  config: DataConfig, image: np.ndarray, rng: np.random.Generator
+  config: config_lib.DataConfig, image: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
   """One view of a training image; what is off draws nothing."""
   image = _crop(config, image, rng)
@@ -378,7 +285,7 @@ def _augment(
 
 
 def _crop(
-  config: DataConfig, image: np.ndarray, rng: np.random.Generator
+  config: config_lib.DataConfig, image: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
   """Brings a training image to size by the configured crop."""
   size = config.image_size
@@ -396,7 +303,9 @@ def _crop(
   return image
 
 
-def for_evaluation(config: DataConfig, image: np.ndarray) -> np.ndarray:
+def for_evaluation(
+  config: config_lib.DataConfig, image: np.ndarray
+) -> np.ndarray:
   """Brings an image to the configured size; see `transforms`."""
   return transforms.for_evaluation(
     image, config.image_size, config.crop_ratio, config.interpolation
@@ -404,7 +313,9 @@ def for_evaluation(config: DataConfig, image: np.ndarray) -> np.ndarray:
 
 
 def _masked_batch(
-  examples: list[sources.Example], batch_size: int, config: DataConfig
+  examples: list[sources.Example],
+  batch_size: int,
+  config: config_lib.DataConfig,
 ) -> Batch:
   """Stacks examples for evaluation and fills up with masked zeros."""
   size = config.image_size
@@ -421,7 +332,7 @@ def _iterate(
   load_rows: Callable[[int, range], Batch],
   steps: range,
   local_size: int,
-  config: DataConfig,
+  config: config_lib.DataConfig,
   num_views: int = 1,
 ) -> Iterator[Batch]:
   """Reads ahead by threads, which end with the iterator.

@@ -12,12 +12,15 @@ import functools
 import io
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Protocol, TypedDict
 
+import jax
 import numpy as np
 from PIL import Image
 
 from ds_jax import paths
+from ds_jax.data import transforms
 from ds_jax.data.idx import read_idx
 
 
@@ -184,6 +187,12 @@ def channel_statistics(
   if kind in _TFDS:
     return _TFDS[kind].mean, _TFDS[kind].std
   return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def normalizer(name: str) -> Callable[[jax.Array], jax.Array]:
+  """Returns the function that takes a data set's pixels to a model's floats."""
+  mean, std = channel_statistics(name)
+  return functools.partial(transforms.normalize, mean=mean, std=std)
 
 
 class GreySource:

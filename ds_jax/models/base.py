@@ -1,25 +1,41 @@
 """What the families share: a trunk for every image, a branch for each bucket.
 
-Axes: N batch, H, W, C channels, K buckets.
+Axes: N batch, H, W, C channels (of logits, classes), K buckets.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ds_jax import validation
+from ds_jax.models import channels, functional
 from ds_jax.models import subnet as subnets
 
 Features = Any
 
 
+class Answers(NamedTuple):
+  """What several sub-networks say of the same images.
+
+  Attributes:
+    features: the trunk's.
+    gate_logits: (N, K), of the slimming head.
+    logits: of each sub-network, (N, C).
+  """
+
+  features: Features
+  gate_logits: jax.Array
+  logits: tuple[jax.Array, ...]
+
+
 class SlicedNetwork(nnx.Module):
   """A supernet; `model(images, subnet)` runs one sub-network of it.
 
-  A family is `trunk`, `gate_logits`, `branch` and `cost_in_parts`.
+  A family is `trunk`, `gate_logits`, `branch`, `cost_in_parts` and
+  `_channel_groups`.
 
   Attributes:
     sub_networks: all of them, cheapest first; the last is the widest.
@@ -92,6 +108,31 @@ class SlicedNetwork(nnx.Module):
     features = self.trunk(images, subnet, momentum=momentum, rng=rng)
     return self.branch(features, subnet, momentum=momentum, rng=rng)
 
+  def all_buckets(
+    self,
+    images: jax.Array,
+    sub_networks: Sequence[subnets.Subnet] | None = None,
+    *,
+    momentum: float | jax.Array | None = None,
+  ) -> Answers:
+    """Runs the trunk once, the gate, and every branch.
+
+    Args:
+      images: (N, H, W, 3) float, normalised.
+      sub_networks: some of them; None means the routing space. One that has a
+        trunk of its own runs that, too.
+      momentum: as in `__call__`.
+    """
+    features = self.trunk(images, momentum=momentum)
+    gate_logits = self.gate_logits(features, momentum)
+    logits = (
+      self.branch(features, subnet, momentum=momentum)
+      if self.shares_trunk(subnet)
+      else self(images, subnet, momentum=momentum)
+      for subnet in sub_networks or self.routing_space
+    )
+    return Answers(features, gate_logits, tuple(logits))
+
   def trunk(
     self,
     images: jax.Array,
@@ -150,6 +191,47 @@ class SlicedNetwork(nnx.Module):
   ) -> tuple[subnets.Cost, subnets.Cost]:
     """Returns the costs of the trunk and of the branch."""
     raise NotImplementedError
+
+  def channel_groups(self) -> list[channels.Group]:
+    """Returns which axes of which arrays are over the same channels.
+
+    One permutation of all axes of a group leaves the widest network's function
+    as it is. Every axis that is sliced is in a group, but for those of a gate
+    that reads the trunk's narrowest slice only: after a permutation that slice
+    holds other channels.
+    """
+    # The families name more than each model's layers have.
+    variables = functional.variables_of(self)
+    paths = variables.params.keys() | variables.batch_stats.keys()
+    return [
+      tuple(member for member in group if member.path in paths)
+      for group in self._channel_groups()
+    ]
+
+  def with_fused_attention(self, fused: bool) -> 'SlicedNetwork':
+    """Returns this network, its arrays shared, with another kind of attention.
+
+    Args:
+      fused: as in `nn.attention.softmax_attention`. Without attention it is the
+        same.
+    """
+    del fused
+    return self
+
+  def _channel_groups(self) -> Iterator[Iterable[channels.Member]]:
+    """Returns the groups, with members that a model may not have."""
+    raise NotImplementedError
+
+  def _blocks(self) -> Iterator[str]:
+    """Returns the names of the stages' blocks."""
+    for i, stage in enumerate(self.stages):
+      for j in range(len(stage)):
+        yield f'stages/{i}/{j}'
+
+  def _narrowest_before_gate(self) -> int:
+    """The channels of the narrowest trunk's last stage."""
+    slices = (self.narrowest.stem, *self.narrowest.stages)
+    return slices[self.gate_stage].width
 
   def _prepare(self, images: jax.Array) -> jax.Array:
     """Checks images and casts them."""

@@ -18,7 +18,7 @@ INITS = ('lecun', 'fan_out', 'truncated_normal')
 
 
 def redraw(model: nnx.Module, init: str, rngs: nnx.Rngs) -> None:
-  """Draws the kernels of a new model's dense layers anew.
+  """Draws the kernels of a new model's dense layers again.
 
   Args:
     model: changed in place.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds_jax import nn, validation
-from ds_jax.models import base
+from ds_jax.models import base, channels
 from ds_jax.models import subnet as subnets
 from ds_jax.nn import activation, conv, gate
 
@@ -281,6 +281,28 @@ class MobileNet(base.SlicedNetwork):
         width, full_in = stage.width, spec.widths[-1]
     branch += subnets.pool_cost(side**2, width)
     return trunk, branch + subnets.dense_cost(width, self.num_classes)
+
+  def _channel_groups(self):
+    # Without skips, each block's output is a group of its own.
+    group = [*channels.outputs('stem'), *channels.norm('stem_norm')]
+    width = self.specs[self.gate_stage].widths[-1]
+    for block in self._blocks():
+      if block == f'stages/{self.gate_stage}/0':
+        group += channels.slimming_gate(
+          self, width, self._narrowest_before_gate()
+        )
+      group += [
+        channels.Member(f'{block}/depthwise/kernel', -1),
+        *channels.norm(f'{block}/depthwise_norm'),
+        *channels.attention(f'{block}/gate'),
+        *channels.inputs(f'{block}/pointwise'),
+      ]
+      yield group
+      group = [
+        *channels.outputs(f'{block}/pointwise'),
+        *channels.norm(f'{block}/pointwise_norm'),
+      ]
+    yield [*group, *channels.inputs('classifier')]
 
   def _reduced_width(self, stage: int, block: int, full_in: int) -> int:
     if self._gate_width and (stage, block) == (self.gate_stage, 0):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds_jax import nn
-from ds_jax.models import base
+from ds_jax.models import base, channels
 from ds_jax.models import subnet as subnets
 from ds_jax.nn import conv, gate
 
@@ -299,6 +299,45 @@ class ResNet(base.SlicedNetwork):
         side, width = conv.output_size(side, stride), stage.width
     branch += subnets.pool_cost(side**2, width)
     return trunk, branch + subnets.dense_cost(width, self.num_classes)
+
+  def _channel_groups(self):
+    stream = [*channels.outputs('stem'), *channels.norm('stem_norm')]
+    width = self.stem_spec.widths[-1]
+    for i, stage in enumerate(self.stages):
+      if i == self.gate_stage:
+        stream += channels.slimming_gate(
+          self, width, self._narrowest_before_gate()
+        )
+      first = f'stages/{i}/0'
+      yield [
+        *stream,
+        *channels.inputs(f'{first}/reduce'),
+        *channels.inputs(f'{first}/projection'),
+      ]
+      stream = []
+      for j in range(len(stage)):
+        block = f'stages/{i}/{j}'
+        yield from _bottleneck_groups(block)
+        stream += [] if j == 0 else channels.inputs(f'{block}/reduce')
+        for layer in ('expand', 'projection'):
+          stream += channels.outputs(f'{block}/{layer}')
+          stream += channels.norm(f'{block}/{layer}_norm')
+      width = self.specs[i].widths[-1]
+    yield [*stream, *channels.inputs('classifier')]
+
+
+def _bottleneck_groups(block):
+  yield [
+    *channels.outputs(f'{block}/reduce'),
+    *channels.norm(f'{block}/reduce_norm'),
+    *channels.inputs(f'{block}/spatial'),
+  ]
+  yield [
+    *channels.outputs(f'{block}/spatial'),
+    *channels.norm(f'{block}/spatial_norm'),
+    *channels.attention(f'{block}/gate'),
+    *channels.inputs(f'{block}/expand'),
+  ]
 
 
 def _block_cost(side_in, stride, width_in, stage, reduced, has_projection):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds_jax import nn, validation
-from ds_jax.models import base
+from ds_jax.models import base, channels
 from ds_jax.models import subnet as subnets
 from ds_jax.nn import attention
 
@@ -82,7 +82,7 @@ class Block(nnx.Module):
 
   Attributes:
     head_dim: a head's width.
-    fused_attention: see `softmax_attention`; the Predictor sets it.
+    fused_attention: see `softmax_attention`.
   """
 
   def __init__(
@@ -93,6 +93,7 @@ class Block(nnx.Module):
     *,
     head_dim: int,
     drop_rate: float,
+    fused_attention: bool,
     rngs: nnx.Rngs,
   ):
     """Makes the full-size block.
@@ -103,10 +104,11 @@ class Block(nnx.Module):
       hidden: the most hidden units.
       head_dim: a head's width, the same in every slice.
       drop_rate: how often stochastic depth leaves out an update.
+      fused_attention: see `softmax_attention`.
       rngs: the stream `params` initialises the weights.
     """
     self.head_dim = head_dim
-    self.fused_attention = False
+    self.fused_attention = fused_attention
     self._drop_rate = drop_rate
     self.attention_norm = nn.SlicedLayerNorm(width)
     # Head by head a query, a key and a value, so that heads are a prefix.
@@ -171,6 +173,7 @@ class VisionTransformer(base.SlicedNetwork):
     gate_pooling: str = 'mean_max_std',
     dropout_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    fused_attention: bool = False,
     dtype: str = 'float32',
     rngs: nnx.Rngs,
   ):
@@ -195,6 +198,7 @@ class VisionTransformer(base.SlicedNetwork):
       dropout_rate: before the classifier, where a call brings an `rng`.
       drop_path_rate: stochastic depth's, of the last block; it rises linearly
         from 0 at the first, and acts where a call brings an `rng`.
+      fused_attention: see `softmax_attention`; for inference alone.
       dtype: what activations are computed in, `float32` or `bfloat16`.
       rngs: the stream `params` initialises the weights.
 
@@ -230,6 +234,7 @@ class VisionTransformer(base.SlicedNetwork):
     self.image_size, self.patch_size = image_size, patch_size
     self.head_dim = head_dim
     self.slicing, self.pooling = slicing, pooling
+    self._fused_attention = fused_attention
     self._make_layers(width, drop_path_rate, gate_hidden, gate_pooling, rngs)
 
   def _make_layers(
@@ -255,6 +260,7 @@ class VisionTransformer(base.SlicedNetwork):
               spec.hidden[-1],
               head_dim=self.head_dim,
               drop_rate=next(rates),
+              fused_attention=self._fused_attention,
               rngs=rngs,
             )
             for _ in range(depth)
@@ -303,6 +309,14 @@ class VisionTransformer(base.SlicedNetwork):
     x = self.norm(x).astype(jnp.float32)
     x = x.mean(1) if self.class_token is None else x[:, 0]
     return self.classifier(self._dropout(x, rng))
+
+  def with_fused_attention(self, fused):
+    """See `SlicedNetwork`."""
+    other = nnx.merge(*nnx.split(self))
+    for stage in other.stages:
+      for block in stage:
+        block.fused_attention = fused
+    return other
 
   def _embed(self, images, width):
     """Takes images to tokens (N, T, width)."""
@@ -363,6 +377,37 @@ class VisionTransformer(base.SlicedNetwork):
     if self.class_token is None:
       branch += subnets.pool_cost(tokens, width)
     return trunk, branch + subnets.dense_cost(width, self.num_classes)
+
+  def _channel_groups(self):
+    width, idle = self.norm.scale.shape[0], self.slicing == 'idle'
+    stream = [
+      *channels.outputs('patches'),
+      channels.Member('class_token', -1),
+      channels.Member('position', -1),
+      *channels.slimming_gate(
+        self, width, width if idle else self._narrowest_before_gate()
+      ),
+      *channels.norm('norm'),
+      *channels.inputs('classifier'),
+    ]
+    for block in self._blocks():
+      stream += [
+        *channels.norm(f'{block}/attention_norm'),
+        *channels.inputs(f'{block}/query_key_value'),
+        *channels.outputs(f'{block}/project'),
+        *channels.norm(f'{block}/mlp_norm'),
+        *channels.inputs(f'{block}/expand'),
+        *channels.outputs(f'{block}/reduce'),
+      ]
+      yield [
+        *channels.outputs(f'{block}/query_key_value', 3 * self.head_dim),
+        *channels.inputs(f'{block}/project', self.head_dim),
+      ]
+      yield [
+        *channels.outputs(f'{block}/expand'),
+        *channels.inputs(f'{block}/reduce'),
+      ]
+    yield stream
 
 
 def _block_cost(tokens, head_dim, stage) -> subnets.Cost:

@@ -103,8 +103,8 @@ def few_channels_conv(
 def pointwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """`native_conv` of single pixels, fast on every platform.
 
-  A product on CPU: ResNet-50's eight images take 1.2 times as long by XLA:CPU's
-  convolutions. cuDNN's also add the bias and the shortcut.
+  A product on CPU, where XLA's convolutions take longer. cuDNN's also add the
+  bias and the shortcut.
   """
   return jax.lax.platform_dependent(
     x,
@@ -142,9 +142,9 @@ def native_conv(
 def patches_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """`native_conv` of few channels as one product with the patches.
 
-  XLA:CPU's own, of 3 x 3 pixels and three channels, takes 1.4 times as long to
-  16 channels, and 7 times to 24. `stride` pixels of a row are one element here,
-  so that a patch is a few whole slices of rows.
+  XLA:CPU's own takes longer, and far longer where the number of outputs is no
+  power of two. `stride` pixels of a row are one element here, so that a patch
+  is a few whole slices of rows.
   """
   size, _, channels, features = kernel.shape
   height, width = (output_size(s, stride) for s in x.shape[1:3])
@@ -235,11 +235,10 @@ class SlicedDepthwiseConv(nnx.Module):
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """Convolves each channel with its own kernel, fast on every platform.
 
-  XLA:CPU runs a grouped convolution tens of times slower than the same sum of
-  k * k shifted and scaled images, and the weight gradient that autodiff makes
-  of that sum is slow again. Elsewhere the native convolution is right. The
-  choice is made at lowering, so a program exported for several platforms holds
-  both.
+  XLA:CPU runs a grouped convolution far slower than the same sum of k * k
+  shifted and scaled images, and the weight gradient that autodiff makes of that
+  sum is slow again. Elsewhere the native convolution is right. The choice is
+  made at lowering, so a program exported for several platforms holds both.
 
   Args:
     x: (N, H, W, C).
@@ -326,9 +325,9 @@ def _shifted_image_gradient(
 ) -> jax.Array:
   """The image's gradient, in a form that XLA:CPU can fuse.
 
-  What autodiff makes of it pads each of the k * k terms by itself. Fused with
-  what comes after, that takes four times as long; and all that comes before is
-  computed for each term again.
+  What autodiff makes of it pads each of the k * k terms separately. That is
+  slow when it is fused with what comes after, and all that comes before is
+  computed once for each term.
   """
   if stride == 1:
     return shifted_depthwise_conv(dy, kernel[::-1, ::-1], stride)

@@ -1,12 +1,5 @@
 """Routing: which sub-networks run for an image, and what that is worth."""
 
-from ds_jax.routing.analysis import (
-  Point,
-  curve,
-  ensemble,
-  hull_corners,
-  static_hull,
-)
 from ds_jax.routing.budget import (
   BudgetError,
   CascadeDial,
@@ -20,7 +13,6 @@ from ds_jax.routing.dispatch import dispatch_images, tiled_dispatch
 from ds_jax.routing.outcomes import (
   BucketCosts,
   Outcomes,
-  empty_outcomes,
   images_held_out,
   observe,
   replay,
@@ -28,6 +20,7 @@ from ds_jax.routing.outcomes import (
 )
 from ds_jax.routing.router import (
   SCORES,
+  Network,
   Routed,
   Router,
   cascade_router,
@@ -43,26 +36,21 @@ __all__ = [
   'CascadeDial',
   'Dial',
   'GateDial',
+  'Network',
   'Outcomes',
-  'Point',
   'Routed',
   'Router',
   'cascade_router',
   'check_budget',
-  'curve',
   'dispatch_images',
-  'empty_outcomes',
-  'ensemble',
   'gate_at_target',
   'gate_router',
-  'hull_corners',
   'images_held_out',
   'last_bucket',
   'observe',
   'replay',
   'right_answers',
   'route',
-  'static_hull',
   'tiled_dispatch',
   'utility_of',
 ]

@@ -125,6 +125,24 @@ class Tiles(NamedTuple):
   images: jax.Array
 
 
+class _Waiting(NamedTuple):
+  """Images, sorted by bucket, some of which have no tile yet.
+
+  Attributes:
+    images: (N,) indices.
+    buckets: (N,) in [0, K].
+    places: (N,) among those of the bucket that wait; below 0 with a tile.
+    counts: (K,) how many wait; below 0 with empty places in a tile.
+    most: static, how many of one bucket may wait.
+  """
+
+  images: jax.Array
+  buckets: jax.Array
+  places: jax.Array
+  counts: jax.Array
+  most: int
+
+
 def plan_tiles(
   buckets: jax.Array, num_buckets: int, tile_sizes: Sequence[int]
 ) -> list[Tiles]:
@@ -137,43 +155,49 @@ def plan_tiles(
       leave fewer places of a tile empty than the next size has, and go on to
       that; the last size takes all that are left.
   """
-  batch_size = len(buckets)
   counts = jnp.bincount(buckets, length=num_buckets)
   order = jnp.argsort(buckets, stable=True)
-  bucket = buckets[order]
-  place = jnp.arange(batch_size) - _starts(counts)[bucket]
-
+  places = jnp.arange(len(order)) - _starts(counts)[buckets[order]]
+  waiting = _Waiting(order, buckets[order], places, counts, len(order))
   plan = []
-  placed = jnp.zeros_like(counts)
-  most_left = batch_size
-  for size, allowed in zip(
+  for size, rest in zip(
     tile_sizes, [*tile_sizes[1:], tile_sizes[-1]], strict=True
   ):
-    # Of one bucket, and of all.
-    most_tiles = (most_left + allowed - 1) // size
-    num_tiles = min(
-      batch_size,
-      num_buckets * most_tiles,
-      (batch_size + num_buckets * (allowed - 1)) // size,
-    )
-    most_left = min(most_left, size - allowed)
-    tiles = jnp.maximum(counts - placed + allowed - 1, 0) // size
-    rank = place - jnp.append(placed, 0)[bucket]
-    is_here = (rank >= 0) & (rank < jnp.append(tiles * size, 0)[bucket])
-    slot = _starts(tiles)[bucket] * size + rank
-    images = jnp.arange(batch_size, batch_size + num_tiles * size)
-    images = images.at[jnp.where(is_here, slot, len(images))].set(
-      order, mode='drop'
-    )
-    ends = jnp.cumsum(tiles)
-    plan.append(
-      Tiles(
-        (jnp.arange(num_tiles)[:, None] >= ends[None]).sum(-1),
-        images.reshape(-1, size),
-      )
-    )
-    placed += tiles * size
+    tiles, waiting = _plan_size(waiting, size, rest)
+    plan.append(tiles)
   return plan
+
+
+def _plan_size(
+  waiting: _Waiting, size: int, rest: int
+) -> tuple[Tiles, _Waiting]:
+  """Fills tiles of one size; fewer than `rest` places of one stay empty."""
+  batch_size, num_buckets = len(waiting.images), len(waiting.counts)
+  # Of one bucket, and of all.
+  most_tiles = (waiting.most + rest - 1) // size
+  num_tiles = min(
+    batch_size,
+    num_buckets * most_tiles,
+    (batch_size + num_buckets * (rest - 1)) // size,
+  )
+  tiles = jnp.maximum(waiting.counts + rest - 1, 0) // size
+  places = jnp.append(tiles * size, 0)[waiting.buckets]
+  is_here = (waiting.places >= 0) & (waiting.places < places)
+  slots = _starts(tiles)[waiting.buckets] * size + waiting.places
+  images = jnp.arange(batch_size, batch_size + num_tiles * size)
+  images = images.at[jnp.where(is_here, slots, len(images))].set(
+    waiting.images, mode='drop'
+  )
+  ends = jnp.cumsum(tiles)
+  here = Tiles(
+    (jnp.arange(num_tiles)[:, None] >= ends[None]).sum(-1),
+    images.reshape(-1, size),
+  )
+  return here, waiting._replace(
+    places=waiting.places - places,
+    counts=waiting.counts - tiles * size,
+    most=min(waiting.most, size - rest),
+  )
 
 
 def _starts(counts: jax.Array) -> jax.Array:

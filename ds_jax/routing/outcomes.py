@@ -3,7 +3,7 @@
 Enough to tell what any router would do with these images, and far smaller than
 the logits.
 
-Axes: N images, K buckets, C classes, R runs, W weights of an average.
+Axes: N images, K buckets, C classes, R runs.
 """
 
 import dataclasses
@@ -14,12 +14,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import serialization
 
 from ds_jax.routing import router as routers
-
-# Shares of the first bucket's logits in an average with the last bucket's.
-MIX_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 @flax.struct.dataclass
@@ -30,14 +26,11 @@ class Outcomes:
     gate_logits: (N, K).
     confidence: (N, K) of every bucket's answer.
     right: (N, K) bool, whether the answer is the label.
-    mixed: (N, W) bool, whether the average of the first and the last bucket's
-      logits is right, by `MIX_WEIGHTS`.
   """
 
   gate_logits: jax.Array
   confidence: routers.Confidence
   right: jax.Array
-  mixed: jax.Array
 
   def __len__(self) -> int:
     return len(self.right)
@@ -58,44 +51,28 @@ def observe(
     labels: (N,).
   """
   confidence = routers.confidence_of(logits)
-  mixed = [
-    (weight * logits[:, 0] + (1 - weight) * logits[:, -1]).argmax(-1) == labels
-    for weight in MIX_WEIGHTS
-  ]
-  return Outcomes(
-    gate_logits,
-    confidence,
-    confidence.labels == labels[:, None],
-    jnp.stack(mixed, axis=-1),
-  )
-
-
-def empty_outcomes(
-  num_images: int, num_buckets: int, num_classes: int
-) -> Outcomes:
-  """Returns zeros in the place of the outcomes of so many images."""
-  shapes = jax.eval_shape(
-    observe,
-    jax.ShapeDtypeStruct((num_images, num_buckets), jnp.float32),
-    jax.ShapeDtypeStruct((num_images, num_buckets, num_classes), jnp.float32),
-    jax.ShapeDtypeStruct((num_images,), jnp.int32),
-  )
-  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  right = confidence.labels == labels[:, None]
+  return Outcomes(gate_logits, confidence, right)
 
 
 def images_held_out(tree: Mapping[str, Any]) -> Outcomes | None:
-  """Returns the outcomes in a checkpoint; None if it has none.
+  """Returns the outcomes in a finished run's checkpoint; None if it has none.
 
   Args:
-    tree: of the last stage, `Budget`: `outcomes`, and a `mask` that is False
-      where there is no image.
+    tree: the arrays of the checkpoint.
   """
-  if not np.any(tree.get('mask', False)):
+  saved = tree.get('outcomes')
+  # In format 1, True where there is an image.
+  mask = np.asarray(tree.get('mask', True))
+  if not saved or not mask.any():
     return None
-  template = empty_outcomes(1, 1, 2)
-  outcomes = serialization.from_state_dict(template, tree['outcomes'])
+  outcomes = Outcomes(
+    saved['gate_logits'],
+    routers.Confidence(**saved['confidence']),
+    saved['right'],
+  )
   return jax.tree.map(
-    lambda x: np.asarray(x)[np.asarray(tree['mask'])], outcomes
+    lambda x: np.asarray(x)[mask] if mask.ndim else np.asarray(x), outcomes
   )
 
 
@@ -109,13 +86,14 @@ def replay(router: routers.Router, outcomes: Outcomes) -> np.ndarray:
 def _replay(router, gate_logits, confidence):
   images = jnp.arange(len(gate_logits))
 
-  def confidence_of(run, buckets):
+  def answers(run, buckets):
     del run
     # One that has stopped is not asked again, so its answer may be any.
     known = jnp.minimum(buckets, router.num_buckets - 1)
     return jax.tree.map(lambda x: x[images, known], confidence)
 
-  return routers.walk(router, gate_logits, confidence_of)
+  runs, _ = routers.walk(router, gate_logits, answers, lambda known: known)
+  return runs
 
 
 def right_answers(runs: np.ndarray, outcomes: Outcomes) -> np.ndarray:

@@ -7,8 +7,9 @@ is; every bucket starts from the trunk's features, which are there already.
 Axes: N images, K buckets, C classes, R runs that an image has at most.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -20,6 +21,8 @@ from ds_jax.routing import dispatch
 
 SCORES = ('probability', 'margin', 'entropy', 'learned')
 UTILITIES = ('logits', 'probability')
+
+Answers = Any
 
 
 @flax.struct.dataclass
@@ -78,7 +81,7 @@ class LearnedScore:
 
 @flax.struct.dataclass
 class Router:
-  """A rule. Its numbers are arrays: another budget compiles nothing anew.
+  """A rule. Its numbers are arrays: another budget compiles nothing.
 
   Attributes:
     offsets: (K,) added to the gate's utilities; the largest sum is the first
@@ -204,6 +207,21 @@ def check_cascade(num_buckets: int, ladder: Sequence[int], score: str) -> None:
     )
 
 
+class Network(NamedTuple):
+  """A network in parts, as functions of arrays alone.
+
+  Attributes:
+    trunk: images (N, H, W, 3) to features (N, ...).
+    gate_logits: features to (N, K).
+    branches: K functions of features (n, ...) to logits (n, C), n static but
+      any.
+  """
+
+  trunk: Callable[[jax.Array], jax.Array]
+  gate_logits: Callable[[jax.Array], jax.Array]
+  branches: Sequence[dispatch.Branch]
+
+
 class Routed(NamedTuple):
   """Images that went through a router.
 
@@ -216,70 +234,68 @@ class Routed(NamedTuple):
   logits: jax.Array
 
 
-def route(
-  router: Router,
-  branches: Sequence[dispatch.Branch],
-  gate_logits: jax.Array,
-  features: jax.Array,
-) -> Routed:
+def route(router: Router, network: Network, images: jax.Array) -> Routed:
   """Runs for every image what the router says, and nothing else.
 
   Args:
     router: the rule.
-    branches: K functions from features (n, ...) to logits (n, C).
-    gate_logits: (N, K).
-    features: (N, ...), the trunk's.
+    network: of K buckets.
+    images: (N, H, W, 3), as the trunk takes them.
   """
-  logits = None
+  features = network.trunk(images)
+  if router.uses_gate:
+    gate_logits = network.gate_logits(features)
+  else:
+    gate_logits = jnp.zeros((len(features), router.num_buckets))
 
   def run_buckets(run, buckets):
-    nonlocal logits
     allowed = router.runs[run]
     if run == 0 and len(allowed) == 1:
-      answers = branches[allowed[0]](features)
-    else:
-      # The place among those allowed; one past the last for those that stop.
-      # Not a binary search, which would be a loop on the device.
-      places = (buckets[:, None] > jnp.asarray(allowed)[None]).sum(-1)
-      answers = dispatch.dispatch_images(
-        places, [branches[bucket] for bucket in allowed], features
-      )
-    ran = (buckets < router.num_buckets)[:, None]
-    logits = answers if logits is None else jnp.where(ran, answers, logits)
-    return confidence_of(logits)
+      return network.branches[allowed[0]](features)
+    # The place among those allowed; one past the last for those that stop.
+    # Not a binary search, which would be a loop on the device.
+    places = (buckets[:, None] > jnp.asarray(allowed)[None]).sum(-1)
+    branches = [network.branches[bucket] for bucket in allowed]
+    return dispatch.dispatch_images(places, branches, features)
 
-  runs = walk(router, gate_logits, run_buckets)
-  return Routed(runs, logits)
+  return Routed(*walk(router, gate_logits, run_buckets, confidence_of))
 
 
 def walk(
   router: Router,
   gate_logits: jax.Array,
-  run_buckets: Callable[[int, jax.Array], Confidence],
-) -> jax.Array:
+  run_buckets: Callable[[int, jax.Array], Answers],
+  confidence_of: Callable[[Answers], Confidence],
+) -> tuple[jax.Array, Answers]:
   """Applies the rule.
 
   Args:
     router: the rule.
     gate_logits: (N, K).
-    run_buckets: runs buckets (N,), K for none, and returns the confidence (N,)
-      of every image's last answer.
+    run_buckets: of a run's number and buckets (N,), K for none, to their
+      answers, a tree of arrays (N, ...); anything where none runs.
+    confidence_of: answers to their confidence (N,).
 
   Returns:
-    (N, R) int32, the buckets that ran, in order; K where none did.
+    (N, R) int32, the buckets that ran, in order, K where none did; and the
+    last answers.
   """
   buckets = router.first_bucket(gate_logits)
+  answers = run_buckets(0, buckets)
   history, last = [buckets], buckets
   for run in range(1, len(router.runs)):
-    confidence = run_buckets(run - 1, buckets)
-    following = router.next_bucket(run, last, confidence)
-    # Who has stopped stays so.
+    following = router.next_bucket(run, last, confidence_of(answers))
+    # An image that has stopped stays so.
     goes_on = (buckets < router.num_buckets) & (following < router.num_buckets)
     buckets = jnp.where(goes_on, following, router.num_buckets)
     last = jnp.where(goes_on, following, last)
+    answers = jax.tree.map(
+      functools.partial(jax.vmap(jnp.where), goes_on),
+      run_buckets(run, buckets),
+      answers,
+    )
     history.append(buckets)
-  run_buckets(len(router.runs) - 1, buckets)
-  return jnp.stack(history, axis=1)
+  return jnp.stack(history, axis=1), answers
 
 
 def last_bucket(runs: np.ndarray, num_buckets: int) -> np.ndarray:

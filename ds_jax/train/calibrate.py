@@ -1,4 +1,4 @@
-"""Between the stages: batch-norm statistics of every sub-network, anew.
+"""Between the stages: the batch-norm statistics of every sub-network.
 
 Weights are frozen. Every row of statistics becomes the mean over
 `num_batches` training batches of the batch's own mean and (unbiased) variance,
@@ -7,32 +7,12 @@ With `momentum` it is a moving average of them instead. The batch is the global
 one, whatever executor trains.
 """
 
-import dataclasses
-
 import flax.struct
 import numpy as np
 import optax
 
-from ds_jax import models, parallel, validation
-
-
-@dataclasses.dataclass(frozen=True)
-class CalibrateConfig:
-  """Calibration.
-
-  Attributes:
-    num_batches: how many training batches.
-    momentum: the batch's share in the running statistics, which start from the
-      first batch's; None gives all batches the same.
-  """
-
-  num_batches: int = 50
-  momentum: float | None = None
-
-  def __post_init__(self):
-    validation.check_range('num_batches', self.num_batches, low=1)
-    if self.momentum is not None:
-      validation.check_range('momentum', self.momentum, above=0, high=1)
+from ds_jax import config as config_lib
+from ds_jax import models, parallel
 
 
 @flax.struct.dataclass
@@ -53,7 +33,7 @@ class Calibrate:
 
   def __init__(
     self,
-    config: CalibrateConfig,
+    config: config_lib.CalibrateConfig,
     model,
     normalize,
     *,
@@ -92,15 +72,10 @@ class Calibrate:
     return 1 / (step + 1)
 
   def _move_statistics(self, variables, images, momentum):
-    images = self._normalize(images)
     model = self._architecture.bind(self.executor.whole(variables))
     # Each row is moved once: the trunk's for all buckets together.
-    features = model.trunk(images, momentum=momentum)
-    model.gate_logits(features, momentum)
-    for subnet in model.sub_networks:
-      if model.shares_trunk(subnet):
-        model.branch(features, subnet, momentum=momentum)
-      else:
-        model(images, subnet, momentum=momentum)
+    model.all_buckets(
+      self._normalize(images), model.sub_networks, momentum=momentum
+    )
     batch_stats = models.variables_of(model).batch_stats
     return batch_stats, optax.tree.norm(batch_stats)

@@ -25,82 +25,15 @@ and what to spend is settled afterwards, by a price on images that no stage has
 seen (see `routing.budget`).
 """
 
-import dataclasses
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ds_jax import models, parallel, validation
+from ds_jax import config as config_lib
+from ds_jax import models, parallel
 from ds_jax.train import losses, optimizer
-
-TARGETS = ('sandwich', 'correctness')
-
-
-@dataclasses.dataclass(frozen=True)
-class GateConfig:
-  """Stage II.
-
-  Attributes:
-    num_epochs: how long.
-    optimizer: see `OptimizerConfig`.
-    part: of the data set, as in `data.load_part`: `train`, which the supernet
-      has fitted, or `gate`, which it has never seen.
-    is_augmented: whether the images are augmented, or as for evaluation.
-    target: `sandwich` or `correctness`; the fields from here to `temperature`
-      are of the former alone, but for `target_madds`.
-    sandwich_weight: a, of the SGS labels' cross-entropy.
-    routed_weight: b, of the routed output's cross-entropy.
-    madds_weight: c, used where there is no target.
-    madds_unit: what MAdds are counted in for c.
-    target_madds: mean MAdds per image to hold; None leaves it to c. It is also
-      what a `Predictor` spends unless it is told another budget, as far as
-      there are images to set that on (`DataConfig.budget_share`).
-    price_rate: how far the price moves in a step, for an excess of the widest
-      bucket's MAdds and at the full learning rate.
-    price_damping: what is added to the price for the batch's own excess, as an
-      augmented Lagrangian does; without it price and head swing.
-    hard_images: `try_best` or `give_up`; see `losses.sandwich_labels`.
-    balances_labels: whether both SGS labels weigh the same in a batch, however
-      many images have them.
-    noised_sandwich: whether the SGS labels' cross-entropy takes the relaxed
-      sample for logits, as the authors' code does, and not the gate's logits.
-    temperature: of the relaxed sample.
-    label_smoothing: of both cross-entropies.
-    ema_decay: of the head; see `optimizer.moving_average`.
-    ema_warmup: whether the decay is less in the first steps.
-  """
-
-  num_epochs: float
-  optimizer: optimizer.OptimizerConfig
-  part: str = 'train'
-  is_augmented: bool = True
-  target: str = 'sandwich'
-  sandwich_weight: float = 1.0
-  routed_weight: float = 1.0
-  madds_weight: float = 0.5
-  madds_unit: float = 1e9
-  target_madds: float | None = None
-  price_rate: float = 0.1
-  price_damping: float = 4.0
-  hard_images: str = 'try_best'
-  balances_labels: bool = False
-  noised_sandwich: bool = False
-  temperature: float = 1.0
-  label_smoothing: float = 0.0
-  ema_decay: float = 0.99
-  ema_warmup: bool = True
-
-  def __post_init__(self):
-    validation.check_range('num_epochs', self.num_epochs, above=0)
-    validation.check_range('temperature', self.temperature, above=0)
-    validation.check_range('madds_unit', self.madds_unit, above=0)
-    validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
-    validation.check_choice('target', self.target, TARGETS)
-    validation.check_choice('part', self.part, ('train', 'gate'))
-    validation.check_choice('hard_images', self.hard_images, losses.HARD_IMAGES)
 
 
 @flax.struct.dataclass
@@ -128,7 +61,7 @@ class Gate:
 
   def __init__(
     self,
-    config: GateConfig,
+    config: config_lib.GateConfig,
     model,
     normalize,
     *,
@@ -225,9 +158,8 @@ class Gate:
   def _forward(self, network, images):
     """Returns the trunk's features and all buckets' logits (K, N, C)."""
     model = self._architecture.bind(self.executor.whole(network))
-    features = model.trunk(self._normalize(images))
-    logits = [model.branch(features, s) for s in model.routing_space]
-    return features, jnp.stack(logits)
+    answers = model.all_buckets(self._normalize(images))
+    return answers.features, jnp.stack(answers.logits)
 
   def _loss(self, head, state, features, logits, labels, key):
     network = self.executor.whole(_with_head(state.network, head))

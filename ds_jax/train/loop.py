@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import pathlib
 import time
 from typing import Any
 
+import flax.struct
 import jax
 from absl import logging
 from clu import parameter_overview
@@ -16,20 +16,19 @@ from flax import serialization
 from ds_jax import (
   checkpoint,
   data,
-  evaluate,
+  evaluation,
   hosts,
   models,
   parallel,
   paths,
-  report,
   routing,
 )
-from ds_jax.train import experiment as experiments
+from ds_jax import config as config_lib
 from ds_jax.train import metrics as metrics_lib
-from ds_jax.train import monitor
+from ds_jax.train import monitor, resume, stages, warm_start
 
-# Stages that read shuffled images.
-_NUM_ORDERS = 3
+# What a checkpoint past the last stage says it is; the second in format 1.
+_TRAINED = ('held_out', 'budget')
 
 
 class NonFiniteError(Exception):
@@ -45,7 +44,8 @@ class Position:
   """How far the schedule has come.
 
   Attributes:
-    stage: index into the stages.
+    stage: index into the stages; past the last of them, the network is trained
+      and the images held out are swept.
     step: how many steps of it are done.
   """
 
@@ -53,7 +53,7 @@ class Position:
   step: int = 0
 
 
-def train(config, workdir: str) -> evaluate.Results:
+def train(config, workdir: str) -> evaluation.Results:
   """Runs the whole schedule, from wherever the workdir's last save is.
 
   Args:
@@ -73,15 +73,14 @@ def train(config, workdir: str) -> evaluate.Results:
       logging.info('\n%s\n%s', run.overview(), run.choice())
     position, state = run.restore() or run.start()
     run.start_clock()
-    while True:
+    while position.stage < len(run.stages):
       state = run.train_stage(position, state)
-      if position.stage + 1 == len(run.stages):
-        return run.evaluate(state)
       position = Position(position.stage + 1)
-      state = run.stages[position.stage].init(state.network)
+      state = run.next_stage(position, state)
+    return run.evaluate(state)
 
 
-def evaluate_only(config, workdir: str) -> evaluate.Results:
+def evaluate_only(config, workdir: str) -> evaluation.Results:
   """Evaluates the workdir's newest checkpoint, at whatever stage it is.
 
   Args:
@@ -105,6 +104,20 @@ def evaluate_only(config, workdir: str) -> evaluate.Results:
     return run.evaluate(state)
 
 
+@flax.struct.dataclass
+class Trained:
+  """What a run ends with.
+
+  Attributes:
+    network: the trained network.
+    outcomes: what its buckets and its gate say of images that no stage has
+      seen, from which budgets are set; None where none are held out.
+  """
+
+  network: models.Variables
+  outcomes: routing.Outcomes | None
+
+
 class Run:
   """An experiment in a workdir: the parts that `train` is made of."""
 
@@ -117,21 +130,27 @@ class Run:
       HostError: if the processes don't run the same.
     """
     self._workdir = _local_path(workdir)
-    self._experiment = experiments.Experiment.from_config(config)
-    config = _flatten(dataclasses.asdict(self._experiment))
+    self._experiment = config_lib.Experiment.from_config(config)
+    config = resume.flatten(dataclasses.asdict(self._experiment))
     hosts.check_same_run(
-      {k: v for k, v in config.items() if k not in _FREE_FIELDS}
+      {k: v for k, v in config.items() if k not in resume.FREE_FIELDS}
     )
     try:
       self._executor = parallel.Executor(self._experiment.parallel)
       self._executor.check_batch_size(self._experiment.micro_batch_size)
-      self._model = self._experiment.create_model()
-      self.stages = self._experiment.make_stages(self._model, self._executor)
+      self._model = models.create_model(
+        **{'seed': self._experiment.seed, **self._experiment.model}
+      )
+      self.stages = stages.make_stages(
+        self._experiment, self._model, self._executor
+      )
       hosts.check_same_images(data.num_images(self._experiment.dataset))
     except ValueError as error:
-      raise experiments.ConfigError(str(error)) from error
-    self._evaluator = evaluate.Evaluator(
-      self._model, self._experiment.normalize, self._executor
+      raise config_lib.ConfigError(str(error)) from error
+    self._evaluator = evaluation.Evaluator(
+      self._model,
+      data.normalizer(self._experiment.dataset.name),
+      self._executor,
     )
     self._checkpointer = checkpoint.Checkpointer(
       checkpoint.directory_of(workdir),
@@ -144,7 +163,7 @@ class Run:
     )
     self._termination = hosts.Termination()
     # Read once, since it opens the train part of the data.
-    self._eval_every_steps = self._experiment.eval_every_steps
+    self._eval_every_steps = stages.eval_every_steps(self._experiment)
     self._clock = monitor.Clock()
     self._profile = monitor.Profile(self._experiment.monitor, self._workdir)
     self._watchdog = monitor.Watchdog(self._experiment.monitor.watchdog_seconds)
@@ -194,7 +213,7 @@ class Run:
 
   def start(self) -> tuple[Position, Any]:
     """Returns the state before the first step of the first stage."""
-    variables = self._experiment.initial_variables(self._model)
+    variables = warm_start.initial_variables(self._experiment, self._model)
     return Position(), self.stages[0].init(variables)
 
   def restore(self) -> tuple[Position, Any] | None:
@@ -202,28 +221,33 @@ class Run:
     restored = self._checkpointer.restore_latest()
     if restored is None:
       return None
-    if restored.meta['stage'] not in experiments.STAGES:
-      raise experiments.ConfigError(
+    if restored.meta['stage'] not in (*stages.NAMES, *_TRAINED):
+      raise config_lib.ConfigError(
         f'{checkpoint.directory_of(self._workdir)} holds a'
         f' {restored.meta["stage"]} network, not a run; choose a new workdir.'
       )
     position = Position(**restored.meta['position'])
-    _check_same_config(
-      restored.meta['config'], dataclasses.asdict(self._experiment), position
+    resume.check_same_config(
+      restored.meta['config'],
+      dataclasses.asdict(self._experiment),
+      stages.NAMES[: position.stage + 1],
     )
+    logging.info(
+      'Resuming %s at step %d, from %s.',
+      restored.meta['stage'],
+      position.step,
+      checkpoint.directory_of(self._workdir),
+    )
+    resume.warn_of_other_versions(restored.meta.get('versions', {}))
+    if restored.meta['stage'] in _TRAINED:
+      network = models.variables_from(restored.tree['network'])
+      outcomes = routing.images_held_out(restored.tree)
+      return position, Trained(self._executor.put(network), outcomes)
     # `init` makes the structure; every array in it is replaced.
     template = self.stages[position.stage].init(
       models.variables_of(self._model)
     )
     state = serialization.from_state_dict(template, restored.tree)
-    logging.info(
-      'Resuming %s at step %d of %d, from %s.',
-      experiments.STAGES[position.stage],
-      position.step,
-      self.stages[position.stage].num_steps,
-      checkpoint.directory_of(self._workdir),
-    )
-    _warn_of_other_versions(restored.meta.get('versions', {}))
     return position, self._executor.put(state)
 
   def train_stage(self, position: Position, state: Any) -> Any:
@@ -251,22 +275,48 @@ class Run:
         with self._profile.step(self._global_step(done) - 1):
           state, scalars = stage.step(state, batch, step)
           progress.add(scalars)
-        self._watchdog.reset(f'step {done.step} of {stage.name}')
+        self._watchdog.reset()
         self._after_step(done, state, progress)
     return state
 
-  def evaluate(self, state: Any) -> evaluate.Results:
+  def next_stage(self, position: Position, state: Any) -> Any:
+    """Returns the state where another stage begins, or the trained network.
+
+    The outcomes of images held out are saved with that, so that a `Predictor`
+    keeps budgets.
+
+    Args:
+      position: the beginning of the stage.
+      state: at the end of the stage before.
+    """
+    if position.stage < len(self.stages):
+      return self.stages[position.stage].init(state.network)
+    if not self._experiment.dataset.budget_share:
+      return Trained(state.network, None)
+    with self._clock.spent_on('evaluate'):
+      outcomes = self._evaluator.held_out(
+        state.network, self._eval_batches('budget')
+      )
+    trained = Trained(state.network, outcomes)
+    done = dataclasses.replace(position, step=1)
+    right = outcomes.right.mean(0)
+    self._writer.write(
+      self._global_step(done),
+      _TRAINED[0],
+      {'right/narrowest': float(right[0]), 'right/last': float(right[-1])},
+    )
+    self._save(done, trained)
+    return trained
+
+  def evaluate(self, state: Any) -> evaluation.Results:
     """Sweeps the test images; writes and prints the results."""
     image_size = self._experiment.dataset.image_size
-    gate = self._experiment.prediction_meta['gate']
-    tree = serialization.to_state_dict(state)
-    held_out = routing.images_held_out(
-      hosts.fetch({k: tree[k] for k in ('mask', 'outcomes') if k in tree})
-    )
+    gate = self._prediction_meta()['gate']
+    held_out = getattr(state, 'outcomes', None)
     router = routing.gate_at_target(
       held_out, routing.BucketCosts.of_model(self._model, image_size), **gate
     )
-    results = evaluate.results(
+    results = evaluation.summarize(
       self._evaluator.sweep(state.network, self._eval_batches()),
       self._model,
       image_size,
@@ -277,9 +327,9 @@ class Run:
       ),
     )
     if jax.process_index() == 0:
-      report.write(results, self._workdir)
+      evaluation.write(results, self._workdir)
       logging.info(
-        'Results, also in %s:\n%s', self._workdir, report.table(results)
+        'Results, also in %s:\n%s', self._workdir, evaluation.table(results)
       )
     return results
 
@@ -290,9 +340,9 @@ class Run:
     stops = self._termination.is_due(self._global_step(done))
     ends = done.step == self.stages[done.stage].num_steps
     evaluates = (
-      experiments.STAGES[done.stage] == 'supernet'
+      stages.NAMES[done.stage] == 'supernet'
       and (ends or done.step % self._eval_every_steps == 0)
-      # Who asks to end may not wait for long.
+      # Evaluation is skipped when preempted.
       and not stops
     )
     saves = (
@@ -310,19 +360,19 @@ class Run:
           scores = self._ends(done, state)
       with self._clock.spent_on('save'):
         self._save(done, state, scores)
-      self._watchdog.reset(f'the save at step {done.step}')
+      self._watchdog.reset()
       progress.restart()
     if stops:
       self._checkpointer.wait()
       raise Preempted(
-        f'SIGTERM: saved {experiments.STAGES[done.stage]} at step {done.step};'
+        f'SIGTERM: saved {stages.NAMES[done.stage]} at step {done.step};'
         ' the same command resumes there.'
       )
 
   def _log(self, done: Position, progress: '_Progress') -> None:
     """Writes the scalars since the last row; they must all be finite."""
     scalars = progress.summary(done.step)
-    stage = experiments.STAGES[done.stage]
+    stage = stages.NAMES[done.stage]
     bad = [k for k, v in scalars.items() if not math.isfinite(v)]
     if bad:
       raise NonFiniteError(
@@ -342,33 +392,46 @@ class Run:
     )
     prefix = 'held_out' if part else 'test'
     scores = {f'{prefix}/{name}': value for name, value in top1.items()}
-    stage = experiments.STAGES[done.stage]
+    stage = stages.NAMES[done.stage]
     self._writer.write(self._global_step(done), stage, scores)
     return scores if part else None
 
-  def _save(self, done: Position, state, scores) -> None:
+  def _save(self, done: Position, state, scores=None) -> None:
     self._checkpointer.save(
       self._global_step(done),
       serialization.to_state_dict(state),
       {
         'position': dataclasses.asdict(done),
-        'stage': experiments.STAGES[done.stage],
+        'stage': (*stages.NAMES, *_TRAINED)[done.stage],
         'config': dataclasses.asdict(self._experiment),
         'versions': hosts.versions(),
-        **self._experiment.prediction_meta,
+        **self._prediction_meta(),
       },
       scores,
     )
 
+  def _prediction_meta(self) -> dict[str, Any]:
+    """Returns what a `Predictor` needs to know beside the arrays."""
+    experiment = self._experiment
+    mean, std = data.channel_statistics(experiment.dataset.name)
+    return {
+      'model': experiment.model,
+      'image_size': experiment.dataset.image_size,
+      'crop_ratio': experiment.dataset.crop_ratio,
+      'interpolation': experiment.dataset.interpolation,
+      'mean': mean,
+      'std': std,
+      'gate': {
+        'target': experiment.gate.target,
+        'target_madds': experiment.gate.target_madds,
+      },
+    }
+
   def _train_batches(self, position: Position):
-    experiment, stage = self._experiment, experiments.STAGES[position.stage]
+    experiment, stage = self._experiment, stages.NAMES[position.stage]
     processes = dict(
       process_index=jax.process_index(), process_count=jax.process_count()
     )
-    if stage == 'budget':
-      return data.eval_batches(
-        experiment.dataset, 'budget', start_step=position.step, **processes
-      )
     gate = experiment.gate
     of_stage = {
       'supernet': dict(num_views=2 if experiment.supernet.multi_view else 1),
@@ -379,7 +442,7 @@ class Run:
       experiment.dataset,
       **of_stage[stage],
       # Every stage has an order of its own.
-      seed=experiment.seed * _NUM_ORDERS + position.stage,
+      seed=experiment.seed * len(stages.NAMES) + position.stage,
       start_step=position.step,
       **processes,
     )
@@ -391,7 +454,7 @@ class Run:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     ):
-      self._watchdog.reset('a batch of an evaluation')
+      self._watchdog.reset()
       yield batch
 
   def _global_step(self, position: Position) -> int:
@@ -439,74 +502,12 @@ class _Progress:
     }
 
 
-# Where the images are and how they are read, not what they are.
-_FREE_FIELDS = (
-  'dataset.data_dir',
-  'dataset.num_threads',
-  'dataset.read_ahead_mib',
-)
-
-
-def _check_same_config(saved, given, position: Position) -> None:
-  """Raises ConfigError where a field that the saved arrays depend on differs.
-
-  Sections of stages that have not begun may still be changed.
-  """
-  stages_begun = experiments.STAGES[: position.stage + 1]
-  sections = ('seed', 'model', 'init', 'dataset', *stages_begun)
-  # Tuples become lists, as in the saved one.
-  given = json.loads(json.dumps(given))
-  saved, given = _flatten(saved), _flatten(given)
-  differences = [
-    f'{name} was {saved.get(name)!r} and is {given.get(name)!r}'
-    for name in sorted(saved.keys() | given.keys())
-    if name.split('.')[0] in sections
-    and name not in _FREE_FIELDS
-    and saved.get(name) != given.get(name)
-  ]
-  if differences:
-    raise experiments.ConfigError(
-      'The workdir holds a run of another config: '
-      + '; '.join(differences)
-      + '. Restore these values to resume it, or choose a new workdir.'
-    )
-
-
-def _warn_of_other_versions(saved) -> None:
-  """Says where the rest of a run may draw otherwise than it would have."""
-  found = hosts.versions()
-  differences = [
-    f'{name} was {version} and is {found.get(name)}'
-    for name, version in saved.items()
-    if version != found.get(name)
-  ]
-  if differences:
-    logging.warning(
-      'The checkpoint was saved with other libraries: %s. The run goes on, but'
-      ' may not end with the bits of an uninterrupted one: images may come in'
-      ' another order, or augmented otherwise.',
-      '; '.join(differences),
-    )
-
-
 def _local_path(workdir: str) -> pathlib.Path:
   """Returns the workdir; metrics are appended, which object stores can't."""
   if '://' in str(workdir):
-    raise experiments.ConfigError(
+    raise config_lib.ConfigError(
       f'--workdir={workdir}: expected a folder of a file system, which all'
       ' hosts share; mount the bucket (Cloud Storage FUSE does) and give its'
       ' path.'
     )
   return pathlib.Path(paths.expanded(workdir))
-
-
-def _flatten(config, prefix='') -> dict[str, Any]:
-  flat = {}
-  for name, value in config.items():
-    if isinstance(value, dict):
-      flat.update(_flatten(value, f'{prefix}{name}.'))
-    else:
-      flat[prefix + name] = value
-  if 'dataset.name' in flat:  # the kind of idx:DIR
-    flat['dataset.name'] = flat['dataset.name'].partition(':')[0]
-  return flat

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ds_jax import validation
-
-HARD_IMAGES = ('try_best', 'give_up')
+from ds_jax import config, validation
 
 
 def cross_entropy(
@@ -69,7 +67,7 @@ def sandwich_labels(
   Raises:
     ValueError: for another `hard_images`.
   """
-  validation.check_choice('hard_images', hard_images, HARD_IMAGES)
+  validation.check_choice('hard_images', hard_images, config.HARD_IMAGES)
   easy, last = correct[:, 0], correct[:, -1]
   to_first = easy if hard_images == 'try_best' else easy | ~last
   return jnp.where(to_first, 0, correct.shape[1] - 1).astype(jnp.int32)

@@ -1,10 +1,8 @@
-"""Scalars to JSON lines always, and to clu's writers where it has TensorFlow.
+"""Scalars to JSON lines and the log, and to TensorBoard where it is wanted.
 
-clu's writers (log and TensorBoard event files) need TensorFlow and tensorboard,
-the `tf` extra; without them the same scalars go to the plain log.
+By tensorboardX, the extra `tensorboard`: clu's writers need TensorFlow.
 """
 
-import importlib.util
 import json
 import pathlib
 from collections.abc import Mapping
@@ -16,20 +14,23 @@ class MetricWriter:
   """Writes scalars by global step; one process writes, the others don't."""
 
   def __init__(self, workdir: pathlib.Path, *, enabled: bool = True):
-    """Opens `metrics.jsonl` in the workdir to append."""
+    """Opens `metrics.jsonl` in the workdir to append, and an event file."""
     self._file = None
-    self._clu = None
+    self._events = None
     if not enabled:
       return
     workdir.mkdir(parents=True, exist_ok=True)
     self._file = (workdir / 'metrics.jsonl').open('a')
-    if _has_clu_writers():
-      # Imported here: it takes seconds and TensorFlow.
-      from clu import metric_writers
-
-      self._clu = metric_writers.create_default_writer(
-        str(workdir), asynchronous=False
+    try:
+      # Imported here: an option.
+      import tensorboardX
+    except ImportError:
+      logging.info(
+        'No TensorBoard files without tensorboardX: pip install -e'
+        " '.[tensorboard]'."
       )
+      return
+    self._events = tensorboardX.SummaryWriter(str(workdir))
 
   def write(self, step: int, stage: str, scalars: Mapping[str, float]) -> None:
     """Writes one row.
@@ -46,21 +47,15 @@ class MetricWriter:
     row = {'step': step, 'stage': stage, **scalars}
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
-    if self._clu:
-      self._clu.write_scalars(
-        step, {f'{stage}/{name}': value for name, value in scalars.items()}
-      )
-    else:
-      values = ', '.join(f'{k} {v:.4g}' for k, v in scalars.items())
-      logging.info('[%d] %s: %s', step, stage, values)
+    if self._events:
+      for name, value in scalars.items():
+        self._events.add_scalar(f'{stage}/{name}', value, step)
+    values = ', '.join(f'{k} {v:.4g}' for k, v in scalars.items())
+    logging.info('[%d] %s: %s', step, stage, values)
 
   def close(self) -> None:
     """Writes out what is buffered."""
     if self._file is not None:
       self._file.close()
-    if self._clu:
-      self._clu.close()
-
-
-def _has_clu_writers() -> bool:
-  return all(importlib.util.find_spec(m) for m in ('tensorflow', 'tensorboard'))
+    if self._events:
+      self._events.close()

@@ -1,48 +1,25 @@
-"""What a run does with its time: goodput, traces, memory, and a watchdog."""
+"""What a run does with its time: goodput, traces, memory, and a watchdog.
+
+`clu.periodic_actions` has some of it, but imports TensorFlow.
+"""
 
 import contextlib
-import dataclasses
+import faulthandler
 import pathlib
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator
 
 import jax
 from absl import logging
 
-from ds_jax import validation
+from ds_jax import config as config_lib
 
 # Lowering, and compiling or reading from the cache.
 _COMPILE_EVENTS = (
   '/jax/core/compile/jaxpr_to_mlir_module_duration',
   '/jax/core/compile/backend_compile_duration',
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MonitorConfig:
-  """What is watched.
-
-  Attributes:
-    profile_step: before which step, counted over all stages, a trace begins;
-      None takes none. It lies in the workdir's `profile/`, for TensorBoard or
-      XProf.
-    profile_steps: how many steps it holds.
-    watchdog_seconds: after how long without a step or a save the stacks of all
-      threads are logged; 0 is never.
-  """
-
-  profile_step: int | None = None
-  profile_steps: int = 5
-  watchdog_seconds: float = 600.0
-
-  def __post_init__(self):
-    validation.check_range('profile_steps', self.profile_steps, low=1)
-    validation.check_range('watchdog_seconds', self.watchdog_seconds, low=0)
-    if self.profile_step is not None:
-      validation.check_range('profile_step', self.profile_step, low=0)
 
 
 class Clock:
@@ -91,7 +68,7 @@ class Clock:
 class Profile:
   """A trace of the steps that the config names."""
 
-  def __init__(self, config: MonitorConfig, workdir: pathlib.Path):
+  def __init__(self, config: config_lib.MonitorConfig, workdir: pathlib.Path):
     self._config = config
     self._directory = workdir / 'profile'
     self._runs = False
@@ -122,43 +99,28 @@ class Profile:
 
 
 class Watchdog:
-  """Logs the stacks of all threads when nothing has happened for too long."""
+  """Writes all threads' stacks to stderr when nothing has happened for long.
+
+  In a thread of `faulthandler`'s, which runs even while Python is stuck in
+  somebody's C.
+  """
 
   def __init__(self, seconds: float):
     """Starts watching; 0 seconds never does."""
     self._seconds = seconds
-    self._last = 'the start'
-    self._beat = threading.Event()
-    self._stopped = False
-    self._thread = threading.Thread(
-      target=self._watch, name='watchdog', daemon=True
-    )
-    if seconds:
-      self._thread.start()
+    self.reset()
 
-  def reset(self, done: str) -> None:
+  def reset(self) -> None:
     """Notes that something got done."""
-    self._last = done
-    self._beat.set()
+    if self._seconds:
+      faulthandler.dump_traceback_later(
+        self._seconds, repeat=True, file=sys.__stderr__
+      )
 
   def close(self) -> None:
     """Stops watching."""
-    self._stopped = True
-    self._beat.set()
     if self._seconds:
-      self._thread.join()
-
-  def _watch(self):
-    while not self._stopped:
-      if self._beat.wait(self._seconds):
-        self._beat.clear()
-      else:
-        logging.warning(
-          'Nothing for %g s since %s. The threads are at:\n%s',
-          self._seconds,
-          self._last,
-          _stacks(),
-        )
+      faulthandler.cancel_dump_traceback_later()
 
 
 def device_memory() -> dict[str, float]:
@@ -167,11 +129,3 @@ def device_memory() -> dict[str, float]:
   if 'peak_bytes_in_use' not in stats:
     return {}
   return {'device_memory_gib': stats['peak_bytes_in_use'] / 2**30}
-
-
-def _stacks() -> str:
-  names = {thread.ident: thread.name for thread in threading.enumerate()}
-  return '\n'.join(
-    f'{names.get(ident, ident)}:\n' + ''.join(traceback.format_stack(frame))
-    for ident, frame in sys._current_frames().items()
-  )

@@ -1,59 +1,16 @@
 """Optimisers and schedules, from plain numbers to Optax."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ds_jax import validation
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """An Optax optimiser with a warm-up and cosine schedule.
-
-  Attributes:
-    name: `sgd` (momentum) or `adamw`.
-    learning_rate: the peak.
-    momentum: of SGD.
-    nesterov: whether SGD looks ahead.
-    weight_decay: of kernels; added to SGD's gradient (as in PyTorch), or
-      AdamW's own. Norms, biases and embeddings are left alone.
-    warmup_epochs: linear, from `warmup_init` to `learning_rate`.
-    warmup_init: the first learning rate.
-    end_factor: the last learning rate as a share of the peak.
-    cooldown_epochs: the last ones, at the last learning rate.
-    by_epoch: whether the rate stays as it is through an epoch, and the cosine
-      begins with the first one, under the warm-up, as with timm's scheduler;
-      else it changes with every step, and the cosine begins after the warm-up.
-    clip_norm: the gradient's largest global norm; None leaves it.
-  """
-
-  name: str = 'sgd'
-  learning_rate: float = 0.1
-  momentum: float = 0.9
-  nesterov: bool = False
-  weight_decay: float = 0.0
-  warmup_epochs: float = 0.0
-  warmup_init: float = 0.0
-  end_factor: float = 0.0
-  cooldown_epochs: float = 0.0
-  by_epoch: bool = False
-  clip_norm: float | None = None
-
-  def __post_init__(self):
-    validation.check_choice('name', self.name, ('sgd', 'adamw'))
-    validation.check_range('learning_rate', self.learning_rate, above=0)
-    validation.check_range('warmup_epochs', self.warmup_epochs, low=0)
-    validation.check_range('cooldown_epochs', self.cooldown_epochs, low=0)
-    if self.clip_norm is not None:
-      validation.check_range('clip_norm', self.clip_norm, above=0)
+from ds_jax import config as config_lib
 
 
 def learning_rate_schedule(
-  config: OptimizerConfig, num_steps: int, steps_per_epoch: int
+  config: config_lib.OptimizerConfig, num_steps: int, steps_per_epoch: int
 ) -> optax.Schedule:
   """Returns step -> learning rate: linear warm-up, cosine decay, cool-down.
 
@@ -97,7 +54,7 @@ def _schedule_by_epoch(config, decay_steps, steps_per_epoch) -> optax.Schedule:
 
 
 def make_optimizer(
-  config: OptimizerConfig,
+  config: config_lib.OptimizerConfig,
   schedule: optax.Schedule,
   frozen: Callable[[str], bool] = lambda path: False,
 ) -> optax.GradientTransformation:

@@ -12,7 +12,6 @@ independently: the teacher sees one, the students the other. The definition is
 ours, since the paper's is not public.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import flax.struct
@@ -21,50 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ds_jax import models, parallel, validation
+from ds_jax import config as config_lib
+from ds_jax import models, parallel
 from ds_jax.train import losses, optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class SupernetConfig:
-  """Stage I.
-
-  Attributes:
-    num_epochs: how long; 0 leaves the weights of `init.checkpoint` as they
-      are, and trains a gate for them.
-    optimizer: see `OptimizerConfig`.
-    num_random: random sub-networks a step, beside the widest and narrowest.
-    with_replacement: whether a step may draw the same one twice.
-    ensemble: whether the narrowest learns from an ensemble (IEB, not IB).
-    multi_view: whether teacher and students see different views (MvCo).
-    ema_decay: of parameters and statistics; see `optimizer.moving_average`.
-    ema_warmup: whether the decay is less in the first steps.
-    label_smoothing: of the widest's loss.
-    momentum: the batch's share in the running statistics.
-    accumulation_steps: micro-batches that a batch is split into. (The other
-      stages keep no activations for a backward pass, and don't split.) Each
-      process splits its own rows, so that which images meet in a micro-batch,
-      and in its batch norms, depends on how many processes there are.
-  """
-
-  num_epochs: float
-  optimizer: optimizer.OptimizerConfig
-  num_random: int = 2
-  with_replacement: bool = False
-  ensemble: bool = False
-  multi_view: bool = False
-  ema_decay: float = 0.997
-  ema_warmup: bool = True
-  label_smoothing: float = 0.1
-  momentum: float = 0.1
-  accumulation_steps: int = 1
-
-  def __post_init__(self):
-    validation.check_range('num_epochs', self.num_epochs, low=0)
-    validation.check_range('num_random', self.num_random, low=0)
-    validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
-    validation.check_range('momentum', self.momentum, above=0, high=1)
-    validation.check_range('accumulation_steps', self.accumulation_steps, low=1)
 
 
 @flax.struct.dataclass
@@ -93,7 +51,7 @@ class Supernet:
 
   def __init__(
     self,
-    config: SupernetConfig,
+    config: config_lib.SupernetConfig,
     model,
     normalize,
     *,

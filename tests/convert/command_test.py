@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 
 import ds_jax
-from convert import plain
+import plain
 from ds_jax import checkpoint, models
 from ds_jax.convert import command, official
 
@@ -27,7 +27,8 @@ def convert(folder, state, *options):
   command.main(
     [f'--input={folder / "weights.npz"}', f'--output={output}', *options]
   )
-  return ds_jax.Predictor.restore(output)
+  # Preparing the slices of 14 buckets takes long.
+  return ds_jax.Predictor.restore(output, presliced=False)
 
 
 def widest_logits(predictor):

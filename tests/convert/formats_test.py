@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from convert import plain
+import plain
 from ds_jax import convert, models
 from ds_jax.convert import formats
 

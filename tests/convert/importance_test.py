@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from convert import plain
-from ds_jax import convert, models
+import plain
+from ds_jax import config, convert, models
 
 SEPARABLE = dict(
   stem_widths=(4, 8),
@@ -125,7 +125,7 @@ def assert_falling(scores):
 
 
 class SortChannelsTest(parameterized.TestCase):
-  @parameterized.product(name=[*MODELS], by=convert.IMPORTANCES)
+  @parameterized.product(name=[*MODELS], by=config.IMPORTANCES)
   def test_only_narrow_networks_change(self, name, by):
     model = create_model(name)
     before = outputs(name, model)
@@ -138,7 +138,7 @@ class SortChannelsTest(parameterized.TestCase):
     assert error['widest'] < 1e-5
     assert error['narrowest'] > 1e-2
 
-  @parameterized.product(name=READS_ALL, by=convert.IMPORTANCES)
+  @parameterized.product(name=READS_ALL, by=config.IMPORTANCES)
   def test_a_gate_that_reads_all_channels_decides_the_same(self, name, by):
     model = create_model(name)
     before = outputs(name, model)['gate']
@@ -153,7 +153,7 @@ class SortChannelsTest(parameterized.TestCase):
       ('vit', 'norm', 'hidden/0', 3),
       ('vit_linear_gate', 'norm', 'head', 1),
     ),
-    by=convert.IMPORTANCES,
+    by=config.IMPORTANCES,
   )
   def test_the_gate_s_norm_and_first_layer_follow_the_channels(self, case, by):
     name, norm, layer, repeats = case
@@ -172,7 +172,7 @@ class SortChannelsTest(parameterized.TestCase):
     path = f'slim/{layer}/kernel'
     np.testing.assert_array_equal(after[path], np.asarray(before[path])[inputs])
 
-  @parameterized.product(name=[*MODELS], by=convert.IMPORTANCES)
+  @parameterized.product(name=[*MODELS], by=config.IMPORTANCES)
   def test_twice_is_once(self, name, by):
     once = convert.sort_channels(create_model(name), by)
     twice = arrays_of(convert.sort_channels(once, by))
@@ -220,7 +220,7 @@ class SortChannelsTest(parameterized.TestCase):
     stream = ('1/0/expand', '1/0/projection', '1/1/expand')
     assert_falling(scale_sum(arrays, *(f'stages/{n}_norm' for n in stream)))
 
-  @parameterized.parameters(*convert.IMPORTANCES)
+  @parameterized.parameters(*config.IMPORTANCES)
   def test_heads_and_hidden_units_have_no_norm(self, by):
     arrays = arrays_of(convert.sort_channels(create_model('vit'), by))
     for block in ('stages/0/0', 'stages/1/1'):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from convert import plain
+import plain
 from ds_jax import convert, models
 
 SEPARABLE = dict(

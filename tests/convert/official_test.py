@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+import fixed
 from ds_jax import convert, models
 from ds_jax.convert import official
-from models import fixed
 
 GOLDEN = dict(
   np.load(pathlib.Path(__file__).parents[1] / 'official_dsnet_tiny.npz')

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from convert import plain
+import fixed
+import plain
 from ds_jax import convert, models
-from models import fixed
 
 
 def create_model(num_classes=5, **options):

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from ds_jax import config as config_lib
 from ds_jax import data
 from ds_jax.data import augment
 
 # 1,437 images in train and 360 in test.
-CONFIG = data.DataConfig('digits', batch_size=100)
+CONFIG = config_lib.DataConfig('digits', batch_size=100)
 PLAIN = dataclasses.replace(CONFIG, crop=None, flip=False)
 AUGMENTED = dataclasses.replace(
   CONFIG, randaugment_layers=2, color_jitter=0.4, erasing_probability=0.5
@@ -269,7 +270,7 @@ class PartsTest(parameterized.TestCase):
   @parameterized.parameters((1.0, 0.0), (0.5, 0.5), (-0.1, 0.0), (0.0, -0.1))
   def test_shares_that_leave_nothing_are_refused(self, gate, budget):
     with pytest.raises(ValueError, match='_share is out of range'):
-      data.DataConfig('digits', gate_share=gate, budget_share=budget)
+      config_lib.DataConfig('digits', gate_share=gate, budget_share=budget)
 
 
 class ViewsTest(parameterized.TestCase):
@@ -296,7 +297,7 @@ class ViewsTest(parameterized.TestCase):
     labels = np.arange(50, dtype=np.uint8)
     images = np.broadcast_to(200 - labels[:, None, None], (50, 32, 32))
     write_idx_train(self.folder, images, labels)
-    config = data.DataConfig(f'idx:{self.folder}', batch_size=50)
+    config = config_lib.DataConfig(f'idx:{self.folder}', batch_size=50)
     batches = take(data.train_batches(config, seed=0, num_views=2), 4)
     for batch in batches:
       for view in ('images', 'teacher_images'):
@@ -426,7 +427,7 @@ class AugmentationTest(parameterized.TestCase):
     image = rng.integers(0, 256, (32, 32), np.uint8)
     images = np.broadcast_to(image, (64, 32, 32))
     write_idx_train(self.folder, images, np.zeros(64, np.uint8))
-    config = data.DataConfig(
+    config = config_lib.DataConfig(
       f'idx:{self.folder}', batch_size=64, crop=None, flip=False, **options
     )
     (batch,) = take(data.train_batches(config, seed=0), 1)
@@ -532,7 +533,7 @@ class DataConfigTest(parameterized.TestCase):
   def test_value_out_of_range_is_refused(self, **options):
     (option,) = options
     with pytest.raises(ValueError, match=option):
-      data.DataConfig('digits', **options)
+      config_lib.DataConfig('digits', **options)
 
 
 def test_crop_and_flip_are_drawn_per_image():

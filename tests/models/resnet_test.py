@@ -13,8 +13,8 @@ import pytest
 from absl.testing import parameterized
 
 import ds_jax
+import fixed
 from ds_jax import models
-from models import fixed
 
 # For large images: 7 x 7 and a pool; the trunk has slices of its own.
 OPTIONS = dict(

@@ -13,9 +13,9 @@ import pytest
 from absl.testing import parameterized
 from flax import nnx
 
+import fixed
 from ds_jax import models
 from ds_jax.models import vit
-from models import fixed
 
 HEAD = 4
 BASE = dict(
@@ -426,7 +426,10 @@ class IdleChannelsTest(parameterized.TestCase):
 
 class StochasticDepthTest(parameterized.TestCase):
   def test_each_update_of_each_sample_is_dropped_or_scaled(self):
-    block = vit.Block(8, 2, 8, head_dim=HEAD, drop_rate=0.25, rngs=nnx.Rngs(0))
+    block = vit.Block(
+      8, 2, 8, head_dim=HEAD, drop_rate=0.25, fused_attention=False,
+      rngs=nnx.Rngs(0),
+    )  # fmt: skip
     stage = models.StageSlice(width=8, heads=2, hidden=8)
     x = np.random.default_rng(0).normal(size=(1, 3, 8)).astype(np.float32)
     found = block(np.repeat(x, 400, axis=0), stage, jax.random.key(0))

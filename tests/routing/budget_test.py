@@ -14,6 +14,7 @@ from absl.testing import parameterized
 
 import ds_jax
 import micro
+import routed
 from ds_jax import routing
 from ds_jax.routing import budget
 from ds_jax.routing import router as routers
@@ -344,7 +345,7 @@ def test_another_budget_compiles_nothing_anew(name):
   def run(router, gate_logits, features):
     traces.append(router.runs)
     branches = [lambda x, k=k: x * (k + 1) for k in range(3)]
-    return routing.route(router, branches, gate_logits, features).runs
+    return routed.route(router, branches, gate_logits, features).runs
 
   low, high = dial.limits
   runs = [
@@ -394,7 +395,6 @@ class LearnedScoreTest(parameterized.TestCase):
       np.zeros((3000, 2), np.float32),
       routers.Confidence(scores, labels.astype(np.int32)),
       right,
-      np.zeros((3000, 6), bool),
     )
 
   def test_learns_the_class_where_the_class_alone_matters(self):

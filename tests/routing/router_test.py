@@ -11,6 +11,7 @@ from absl.testing import parameterized
 
 import ds_jax
 import micro
+import routed
 from ds_jax import routing
 from ds_jax.routing import router as routers
 
@@ -194,7 +195,7 @@ class RouteTest(parameterized.TestCase):
     cls.logits = np.concatenate(
       [run_all(cls.features[i : i + 1]) for i in range(64)]
     )
-    route = jax.jit(lambda r, g, x: routing.route(r, branches, g, x))
+    route = jax.jit(lambda r, g, x: routed.route(r, branches, g, x))
     # Not a class attribute as it is: that would bind `self`.
     cls.programs = {'route': route}
 
@@ -224,15 +225,15 @@ class RouteTest(parameterized.TestCase):
   )
   def test_a_batch_equals_each_image_by_hand(self, batch_size, kind):
     router, rules = self.router_and_rules(kind)
-    routed = self.programs['route'](
+    found = self.programs['route'](
       router, self.gate_logits[:batch_size], self.features[:batch_size]
     )
     runs, logits = _by_hand(
       router, rules, lambda i, k: self.logits[i, k], batch_size
     )
-    np.testing.assert_array_equal(routed.runs, runs)
+    np.testing.assert_array_equal(found.runs, runs)
     # A convolution over 4 images adds up in another order than over 1.
-    np.testing.assert_allclose(routed.logits, logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-5, atol=1e-6)
     if batch_size == 64:
       # Every place to stop, or every bucket, is some image's.
       ways = np.unique(runs, axis=0)
@@ -247,8 +248,8 @@ class RouteTest(parameterized.TestCase):
       self.gate_logits, self.logits, np.zeros(64, np.int32)
     )
     runs = routing.replay(router, jax.tree.map(np.asarray, outcomes))
-    routed = self.programs['route'](router, self.gate_logits, self.features)
-    np.testing.assert_array_equal(runs, routed.runs)
+    found = self.programs['route'](router, self.gate_logits, self.features)
+    np.testing.assert_array_equal(runs, found.runs)
 
 
 class RulesTest(parameterized.TestCase):
@@ -270,14 +271,14 @@ class RulesTest(parameterized.TestCase):
   def check(self, router, rules, num_ways):
     runs, logits = _by_hand(router, rules, self.logits_of, 50)
     assert len(np.unique(runs, axis=0)) == num_ways
-    routed = jax.jit(routing.route, static_argnames='branches')(
+    found = jax.jit(routed.route, static_argnames='branches')(
       router, self.branches(), self.gate_logits, self.features
     )
-    np.testing.assert_array_equal(routed.runs, runs)
+    np.testing.assert_array_equal(found.runs, runs)
     # One product, the same everywhere.
-    np.testing.assert_array_equal(routed.logits, logits)
+    np.testing.assert_array_equal(found.logits, logits)
     np.testing.assert_array_equal(
-      routing.last_bucket(routed.runs, 3),
+      routing.last_bucket(found.runs, 3),
       [[k for k in row if k < 3][-1] for row in runs],
     )
 
@@ -371,7 +372,7 @@ class RulesTest(parameterized.TestCase):
       return counted
 
     branches = tuple(make_branch(k, b) for k, b in enumerate(self.branches()))
-    route = jax.jit(routing.route, static_argnames='branches')
+    route = jax.jit(routed.route, static_argnames='branches')
     for end, expected in ((-np.inf, {0}), (np.inf, {0, 2})):
       ran.clear()
       route(
@@ -394,7 +395,7 @@ def test_another_budget_compiles_nothing_anew():
   def run(router, gate_logits, features):
     traces.append(router.runs)
     branches = [lambda x, k=k: x * (k + 1) for k in range(3)]
-    return routing.route(router, branches, gate_logits, features).runs
+    return routed.route(router, branches, gate_logits, features).runs
 
   kinds = [
     [routing.gate_router(o) for o in ((0, 0, 0), (0.5, 0, -0.5), [9, 0, 0])],

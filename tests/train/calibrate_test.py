@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
+from ds_jax import config as config_lib
 from ds_jax import models, parallel
 from ds_jax.train import calibrate
 
@@ -41,9 +42,9 @@ def calibrated(
 ):
   """The network after a step for each batch."""
   executor = parallel.Executor(
-    parallel.ParallelConfig(executor), jax.devices()[:num_devices]
+    config_lib.ParallelConfig(executor), jax.devices()[:num_devices]
   )
-  config = calibrate.CalibrateConfig(len(batches), momentum)
+  config = config_lib.CalibrateConfig(len(batches), momentum)
   stage = calibrate.Calibrate(config, model, normalize, executor=executor)
   assert stage.num_steps == len(batches)
   state = stage.init(variables)

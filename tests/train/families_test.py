@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from ds_jax import models, parallel, predict
-from ds_jax.train import calibrate, gate, optimizer, supernet
+from ds_jax import config as config_lib
+from ds_jax import inference, models, parallel
+from ds_jax.train import calibrate, gate, supernet
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,6 @@ MODELS = (
   ('ds_mobilenet_pp', _SEPARABLE),
   ('ds_resnet50', _BOTTLENECKS),
   ('ds_vit_s16', _BLOCKS),
-  ('ds_vit_cifar', {**_BLOCKS, 'slicing': 'plain'}),
 )
 
 
@@ -65,13 +65,13 @@ def make_batch():
 
 def make_stages(model):
   executor = parallel.Executor(devices=jax.devices()[:1])
-  adamw = optimizer.OptimizerConfig(
+  adamw = config_lib.OptimizerConfig(
     name='adamw', learning_rate=1e-3, weight_decay=0.05, clip_norm=1.0
   )
   options = dict(num_steps=4, steps_per_epoch=4, seed=0, executor=executor)
   return (
     supernet.Supernet(
-      supernet.SupernetConfig(
+      config_lib.SupernetConfig(
         num_epochs=1, optimizer=adamw, num_random=1, multi_view=True
       ),
       model,
@@ -79,10 +79,10 @@ def make_stages(model):
       **options,
     ),
     calibrate.Calibrate(
-      calibrate.CalibrateConfig(2), model, normalize, executor=executor
+      config_lib.CalibrateConfig(2), model, normalize, executor=executor
     ),
     gate.Gate(
-      gate.GateConfig(num_epochs=1, optimizer=adamw),
+      config_lib.GateConfig(num_epochs=1, optimizer=adamw),
       model,
       normalize,
       image_size=16,
@@ -127,7 +127,7 @@ class FamilyTest(parameterized.TestCase):
       variables = after
     assert changed(before.params, variables.params) & slimming
 
-    predictor = predict.Predictor(
+    predictor = inference.Predictor(
       models.Architecture(model).bind(variables),
       image_size=16,
       mean=(0.5,) * 3,

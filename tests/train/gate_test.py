@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+import fixed
+from ds_jax import config as config_lib
 from ds_jax import models, parallel
-from ds_jax.train import gate, optimizer
-from models import fixed
+from ds_jax.train import gate
 
 SEED = 3
 NUM_IMAGES, NUM_BUCKETS, REDUCED = 8, 3, 2
@@ -62,9 +63,9 @@ def make_batch():
 
 
 def make_stage(model, image_size=8, **config):
-  config = gate.GateConfig(
+  config = config_lib.GateConfig(
     num_epochs=1,
-    optimizer=optimizer.OptimizerConfig(learning_rate=1.0, momentum=0.0),
+    optimizer=config_lib.OptimizerConfig(learning_rate=1.0, momentum=0.0),
     **config,
   )
   return gate.Gate(

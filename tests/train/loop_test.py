@@ -15,8 +15,15 @@ import pytest
 
 import command
 import micro
-from ds_jax import checkpoint, data, models, parallel, routing
-from ds_jax.train import experiment, loop
+from ds_jax import (
+  checkpoint,
+  data,
+  models,
+  parallel,
+  routing,
+)
+from ds_jax import config as config_lib
+from ds_jax.train import loop, stages
 
 _STAGES = ('supernet', 'calibrate', 'gate')
 
@@ -51,13 +58,13 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
   assert code == 0, output
 
   # Any step will do, and each run of this test takes others; the seed that one
-  # prints repeats them. The last stage has two steps, so it is killed in or
-  # after it, before the evaluation ends.
+  # prints repeats them. The last is killed once the images held out are swept,
+  # before the evaluation ends.
   seed = int(os.environ.get('DS_JAX_KILL_SEED', random.randrange(10**6)))
   print(f'DS_JAX_KILL_SEED={seed}')
   draw = random.Random(seed)
   steps = [draw.randint(2, high) for high in (15, 20, 15)] + [1]
-  for stage, count in zip((*_STAGES, 'budget'), steps, strict=True):
+  for stage, count in zip((*_STAGES, 'held_out'), steps, strict=True):
     process = command.Command(images, broken, held_out)
     process.wait_for(stage, count)
     process.send_signal(signal.SIGKILL)
@@ -68,12 +75,13 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
     )
   code, output = command.Command(images, broken, held_out).finish()
   assert code == 0, output
-  assert 'Resuming budget' in output or 'Resuming gate' in output
+  assert 'Resuming held_out' in output or 'Resuming gate' in output
 
   expected = checkpoint.restore(checkpoint.directory_of(whole))
   found = checkpoint.restore(checkpoint.directory_of(broken))
   assert found.step == expected.step
-  assert found.meta['stage'] == 'budget' and found.tree['mask'].sum() == 20
+  assert found.meta['stage'] == 'held_out'
+  assert len(found.tree['outcomes']['right']) == 20
   jax.tree.map(np.testing.assert_array_equal, found.tree, expected.tree)
   results = [(d / 'results.json').read_text() for d in (whole, broken)]
   assert results[0] == results[1]
@@ -142,7 +150,7 @@ def test_a_run_moves_over_devices_and_executors(
 
 
 def test_an_object_store_as_workdir_is_refused(config):
-  with pytest.raises(experiment.ConfigError, match='gs://b/run: expected a fo'):
+  with pytest.raises(config_lib.ConfigError, match='gs://b/run: expected a fo'):
     loop.train(config, 'gs://b/run')
 
 
@@ -197,7 +205,7 @@ def test_another_config_is_refused(finished, field, value, message):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.update_from_flattened_dict({field: value})
-  with pytest.raises(experiment.ConfigError, match=message):
+  with pytest.raises(config_lib.ConfigError, match=message):
     loop.train(config, workdir)
 
 
@@ -225,7 +233,7 @@ def test_another_config_is_refused(finished, field, value, message):
     ('gate.target', 'right', "In config.gate: target='right': expected 'sandw"),
     ('gate.part', 'test', "In config.gate: part='test': expected 'train'"),
     ('gate.part', 'gate', "The gate part of 'idx:.*' is empty: gate_share is"),
-    ('gate.target', 'correctness', 'set config.dataset.budget_share'),
+    ('gate.target', 'correctness', 'set dataset.budget_share'),
     ('supernet.num_epochs', -1.0, 'num_epochs=-1.0: expected at least 0'),
     ('supernet.num_epochs', 0.0, 'there is none; set init.checkpoint'),
   ],
@@ -233,7 +241,7 @@ def test_another_config_is_refused(finished, field, value, message):
 def test_a_wrong_config_is_refused(config, tmp_path, field, value, message):
   with config.unlocked():
     config.update_from_flattened_dict({field: value})
-  with pytest.raises(experiment.ConfigError, match=message):
+  with pytest.raises(config_lib.ConfigError, match=message):
     loop.train(config, tmp_path)
 
 
@@ -261,12 +269,12 @@ def test_labels_that_the_model_has_not(tmp_path, train, test, message):
   write_labels(tmp_path, 't10k', test)
   config = micro.get_config()
   config.dataset.name = name
-  parts = experiment.Experiment.from_config(config)
+  parts = config_lib.Experiment.from_config(config)
   if message is None:
-    parts.check_dataset()
+    stages.check_dataset(parts)
     return
   with pytest.raises(ValueError, match=message):
-    parts.check_dataset()
+    stages.check_dataset(parts)
 
 
 def test_correctness_needs_to_know_what_to_spend(config, tmp_path):
@@ -275,9 +283,27 @@ def test_correctness_needs_to_know_what_to_spend(config, tmp_path):
     config.gate.target = 'correctness'
     config.gate.target_madds = None
   with pytest.raises(
-    experiment.ConfigError, match="target='correctness' needs gate.target_madds"
+    config_lib.ConfigError, match="target='correctness' needs gate.target_madds"
   ):
     loop.train(config, tmp_path)
+
+
+def test_a_config_need_not_state_the_model_s_defaults(finished, monkeypatch):
+  config, workdir, _ = finished
+  config = config.copy_and_resolve_references()
+  monkeypatch.setattr(loop.Run, 'evaluate', lambda *args: 'resumed')
+  with config.unlocked():
+    del config.model.dtype  # it was float32
+    config.model.head_pooling = 'mean'
+  with pytest.raises(config_lib.ConfigError, match='head_pooling'):
+    loop.evaluate_only(config, workdir)
+  with config.unlocked():
+    del config.model.head_pooling
+  assert loop.evaluate_only(config, workdir) == 'resumed'
+  config.model.dtype = 'bfloat16'
+  message = "model.dtype was 'float32' and is 'bfloat16'"
+  with pytest.raises(config_lib.ConfigError, match=message):
+    loop.evaluate_only(config, workdir)
 
 
 def test_where_the_images_are_may_change(finished, tmp_path):
@@ -289,12 +315,13 @@ def test_where_the_images_are_may_change(finished, tmp_path):
 
 
 def test_other_libraries_than_the_checkpoint_s_are_named(finished, monkeypatch):
-  config, workdir, results = finished
+  config, workdir, _ = finished
   said = []
   monkeypatch.setattr(
     loop.logging, 'warning', lambda text, *values: said.append(text % values)
   )
-  assert loop.evaluate_only(config, workdir) == results
+  monkeypatch.setattr(loop.Run, 'evaluate', lambda *args: None)
+  loop.evaluate_only(config, workdir)
   assert not said
   versions = {**loop.hosts.versions(), 'numpy': '9.9'}
   monkeypatch.setattr(loop.hosts, 'versions', lambda: versions)
@@ -315,7 +342,7 @@ def test_training_in_a_converted_workdir_is_refused(config, tmp_path):
   directory = checkpoint.directory_of(tmp_path)
   with checkpoint.Checkpointer(directory) as saver:
     saver.save(0, {'network': {'x': np.zeros(1)}}, {'stage': 'converted'})
-  with pytest.raises(experiment.ConfigError, match='holds a converted'):
+  with pytest.raises(config_lib.ConfigError, match='holds a converted'):
     loop.train(config, tmp_path)
 
 
@@ -383,23 +410,21 @@ def test_a_step_opens_no_data(budgeted, tmp_path, monkeypatch):
   monkeypatch.setattr(loop.Run, '_after_step', counted_step)
   assert loop.train(config, tmp_path) == results
   # Two steps each; the end of Stage I is evaluated.
-  assert at_steps == [(0, 0), (0, 1), *[(s, 0) for s in (1, 1, 2, 2, 3, 3)]]
+  assert at_steps == [(0, 0), (0, 1), *[(s, 0) for s in (1, 1, 2, 2)]]
 
 
-def test_budget_stage_sees_every_image_held_out_for_it(budgeted):
+def test_every_image_held_out_is_swept_at_the_end(budgeted):
   config, workdir, results = budgeted
   restored = checkpoint.restore(checkpoint.directory_of(workdir))
-  # Two steps each.
-  assert (restored.step, restored.meta['stage']) == (8, 'budget')
-  np.testing.assert_array_equal(restored.tree['mask'], np.arange(32) < 20)
-  assert results['budgets_set_on'] == 'held-out images'
-  rows = [r for r in command.rows(workdir) if r['stage'] == 'budget']
-  assert len(rows) == 2
-  # 16 and 4 images.
+  # Three stages of two steps.
+  assert (restored.step, restored.meta['stage']) == (7, 'held_out')
+  assert restored.tree.keys() == {'network', 'outcomes'}
   right = routing.images_held_out(restored.tree).right
-  for row, part in zip(rows, (right[:16], right[16:]), strict=True):
-    assert row['right/narrowest'] == pytest.approx(part[:, 0].mean(), rel=1e-6)
-    assert row['right/last'] == pytest.approx(part[:, -1].mean(), rel=1e-6)
+  assert len(right) == 20
+  assert results['budgets_set_on'] == 'held-out images'
+  (row,) = [r for r in command.rows(workdir) if r['stage'] == 'held_out']
+  assert row['right/narrowest'] == pytest.approx(right[:, 0].mean(), rel=1e-6)
+  assert row['right/last'] == pytest.approx(right[:, -1].mean(), rel=1e-6)
 
 
 def test_stage_one_is_evaluated_on_images_held_out(budgeted):
@@ -411,13 +436,14 @@ def test_stage_one_is_evaluated_on_images_held_out(budgeted):
   restored = checkpoint.restore(checkpoint.directory_of(workdir), 2)
   network = models.variables_from(restored.tree['network'])
   model = models.Architecture(model).bind(network)
-  parsed = experiment.Experiment.from_config(config)
+  parsed = config_lib.Experiment.from_config(config)
+  normalize = data.normalizer(parsed.dataset.name)
   source = data.load_part(parsed.dataset, 'budget')
   examples = [source[i] for i in range(len(source))]
   images = np.stack([e['image'] for e in examples])
   labels = np.array([e['label'] for e in examples])
   for name in ('narrowest', 'widest'):
-    logits = model(parsed.normalize(images), getattr(model, name))
+    logits = model(normalize(images), getattr(model, name))
     top1 = float((logits.argmax(-1) == labels).mean())
     assert row[f'held_out/top1/{name}'] == pytest.approx(top1, abs=1e-6)
 
@@ -440,7 +466,7 @@ def test_checkpoints_are_chosen_by_images_that_no_stage_trains_on(
   )
   with config.unlocked():
     config.gate.part = part
-  assert experiment.Experiment.from_config(config).choice_part == chosen_by
+  assert config_lib.Experiment.from_config(config).choice_part == chosen_by
   with loop.Run(config, tmp_path) as run:
     expected = f'the {chosen_by} part' if chosen_by else 'none are held out'
     assert expected in run.choice()
@@ -458,7 +484,7 @@ def test_test_images_choose_no_checkpoint(config, tmp_path, monkeypatch):
     num_images = sum(batch['mask'].sum() for batch in batches)
     return {'top1': scores[num_images].pop(0)}
 
-  monkeypatch.setattr(loop.evaluate.Evaluator, 'ends', ends)
+  monkeypatch.setattr(loop.evaluation.Evaluator, 'ends', ends)
   with loop.Run(config, tmp_path) as run:
     run.train_stage(*run.start())
   kept = {int(p.name) for p in (tmp_path / 'checkpoints').iterdir()}
@@ -473,6 +499,7 @@ def test_the_log_says_once_that_nothing_may_choose(finished, monkeypatch):
   monkeypatch.setattr(
     loop.logging, 'info', lambda text, *values: said.append(text % values)
   )
+  monkeypatch.setattr(loop.Run, 'evaluate', lambda *args: None)
   loop.train(config, workdir)
   assert sum('checkpoint.keep_best=1 chooses by' in text for text in said) == 1
   # All of Stage II.
@@ -480,22 +507,20 @@ def test_the_log_says_once_that_nothing_may_choose(finished, monkeypatch):
   assert len(steps) == 2 and steps[0] > 80
 
 
-@pytest.mark.parametrize('first_lost', [8, 7, 6])
-def test_a_run_resumes_around_the_budget_stage_bit_equal(
-  budgeted, tmp_path, first_lost
-):
-  """In the midst of it, before its first step, and in the stage before."""
+@pytest.mark.parametrize('first_lost', [7, 6])
+def test_a_run_resumes_around_its_end_bit_equal(budgeted, tmp_path, first_lost):
+  """Before the images held out are swept, and in the stage before."""
   config, workdir, results = budgeted
   shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
   directory = pathlib.Path(checkpoint.directory_of(tmp_path))
-  for step in range(first_lost, 9):
+  for step in range(first_lost, 8):
     shutil.rmtree(directory / str(step))
   (tmp_path / 'results.json').unlink()
   assert loop.train(config, tmp_path) == results
   one, other = (
     checkpoint.restore(checkpoint.directory_of(d)) for d in (workdir, tmp_path)
   )
-  assert one.step == other.step == 8
+  assert one.step == other.step == 7
   jax.tree.map(np.testing.assert_array_equal, one.tree, other.tree)
   texts = [(d / 'results.json').read_text() for d in (workdir, tmp_path)]
   assert texts[0] == texts[1]
@@ -507,18 +532,6 @@ def test_a_run_with_budgets_is_evaluated_from_its_checkpoint(budgeted):
   assert json.loads((workdir / 'results.json').read_text()) == results
 
 
-def test_budget_stage_reads_its_part_from_where_it_left_off(budgeted, tmp_path):
-  config, _, _ = budgeted
-  dataset = experiment.Experiment.from_config(config).dataset
-  with loop.Run(config, tmp_path) as run:
-    (batch,) = run._train_batches(loop.Position(3, 1))
-  source = data.load_part(dataset, 'budget')
-  assert batch['mask'].sum() == 4
-  for i in range(4):
-    np.testing.assert_array_equal(batch['images'][i], source[16 + i]['image'])
-    assert batch['labels'][i] == source[16 + i]['label']
-
-
 @pytest.mark.parametrize('part', ['train', 'gate'])
 def test_gate_reads_the_part_that_it_is_told(budgeted, tmp_path, part):
   config, _, _ = budgeted
@@ -526,7 +539,7 @@ def test_gate_reads_the_part_that_it_is_told(budgeted, tmp_path, part):
   with config.unlocked():
     config.gate.part = part
     config.gate.is_augmented = False
-  dataset = experiment.Experiment.from_config(config).dataset
+  dataset = config_lib.Experiment.from_config(config).dataset
   with loop.Run(config, tmp_path) as run:
     batches = run._train_batches(loop.Position(2))
     found = {i.tobytes() for _ in range(4) for i in next(batches)['images']}
@@ -538,11 +551,10 @@ def test_gate_reads_the_part_that_it_is_told(budgeted, tmp_path, part):
 
 def test_each_stage_s_order_is_that_of_runs_without_budgets(config, tmp_path):
   config.seed = 2
-  dataset = experiment.Experiment.from_config(config).dataset
+  dataset = config_lib.Experiment.from_config(config).dataset
   with loop.Run(config, tmp_path) as run:
     for stage in range(3):
       batches = run._train_batches(loop.Position(stage, 4))
-      # Three stages were shuffled before there was a fourth.
       expected = data.train_batches(dataset, seed=2 * 3 + stage, start_step=4)
       one, other = next(batches), next(expected)
       batches.close()
@@ -624,7 +636,7 @@ def test_a_start_that_does_not_fit_is_refused(
   config.init = dict(checkpoint=str(tmp_path / checkpoint_name))
   with (
     loop.Run(config, tmp_path / 'run') as run,
-    pytest.raises(experiment.ConfigError, match=message),
+    pytest.raises(config_lib.ConfigError, match=message),
   ):
     run.start()
 
@@ -634,7 +646,7 @@ def test_slices_that_are_trained_are_not_sorted(finished, config, tmp_path):
   config.init = dict(checkpoint=str(trained), sort_channels='l1')
   with (
     loop.Run(config, tmp_path) as run,
-    pytest.raises(experiment.ConfigError, match='slices are trained as they'),
+    pytest.raises(config_lib.ConfigError, match='slices are trained as they'),
   ):
     run.start()
 
@@ -643,7 +655,7 @@ def test_another_start_is_not_resumed(finished, images):
   config, workdir, _ = finished
   config = config.copy_and_resolve_references()
   config.init = dict(checkpoint='elsewhere')
-  with pytest.raises(experiment.ConfigError, match='init.checkpoint was None'):
+  with pytest.raises(config_lib.ConfigError, match='init.checkpoint was None'):
     loop.train(config, workdir)
 
 
@@ -695,7 +707,7 @@ def test_a_vit_resumes_bit_equal(images, tmp_path):
   with (
     loop.Run(config, tmp_path / 'plain') as run,
     pytest.raises(
-      experiment.ConfigError, match="slicing='idle', and .*'plain'"
+      config_lib.ConfigError, match="slicing='idle', and .*'plain'"
     ),
   ):
     run.start()

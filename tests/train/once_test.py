@@ -6,16 +6,17 @@ import pytest
 from jax.extend import core
 
 import micro
+from ds_jax import config as config_lib
 from ds_jax import models, parallel
 from ds_jax.nn import gate as nn_gate
-from ds_jax.train import gate, optimizer, supernet
+from ds_jax.train import gate, supernet
 
 MODEL = models.create_abstract_model(**micro.MODEL)
 ARCHITECTURE = models.Architecture(MODEL)
 VARIABLES = jax.eval_shape(lambda: models.variables_of(MODEL))
 IMAGES = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.uint8)
 LABELS = jax.ShapeDtypeStruct((4,), jnp.int32)
-OPTIMIZER = optimizer.OptimizerConfig(learning_rate=0.1)
+OPTIMIZER = config_lib.OptimizerConfig(learning_rate=0.1)
 
 
 def normalize(images):
@@ -70,7 +71,7 @@ def forward(subnet, momentum=None):
 
 @pytest.fixture(scope='module')
 def stage_one():
-  config = supernet.SupernetConfig(
+  config = config_lib.SupernetConfig(
     num_epochs=1, optimizer=OPTIMIZER, num_random=1
   )
   return make(supernet.Supernet, config)
@@ -110,7 +111,7 @@ def test_the_teacher_runs_forward_alone(stage_one):
 
 def test_stage_ii_runs_the_trunk_once_and_nothing_backward():
   # Its loss holds no products of its own.
-  config = gate.GateConfig(
+  config = config_lib.GateConfig(
     num_epochs=1, optimizer=OPTIMIZER, target='correctness'
   )
   stage = make(gate.Gate, config, image_size=8)
@@ -125,5 +126,6 @@ def test_stage_ii_runs_the_trunk_once_and_nothing_backward():
 
   everything = products(parts, VARIABLES, IMAGES)
   # The head: its reduction and the logits, once each, and the logits' two
-  # gradients, of which the compiler drops the input's.
-  assert found == everything + 4
+  # gradients, of which the compiler drops the input's; and once as it was
+  # before, whose answer it drops, too.
+  assert found == everything + 6

@@ -7,9 +7,10 @@ import optax
 import pytest
 from absl.testing import parameterized
 
+from ds_jax import config as config_lib
 from ds_jax.train import optimizer
 
-CONFIG = optimizer.OptimizerConfig
+CONFIG = config_lib.OptimizerConfig
 
 
 def cosine(step, num_steps, warmup, peak, end):

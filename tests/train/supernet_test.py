@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from ds_jax import config as config_lib
 from ds_jax import models, parallel
-from ds_jax.train import losses, optimizer, supernet
+from ds_jax.train import losses, supernet
 
 SEED = 3
 LEARNING_RATE = 0.1
@@ -57,9 +58,9 @@ def make_batch(size=8, seed=0):
 
 
 def make_stage(model, **config):
-  config = supernet.SupernetConfig(
+  config = config_lib.SupernetConfig(
     num_epochs=1,
-    optimizer=optimizer.OptimizerConfig(
+    optimizer=config_lib.OptimizerConfig(
       learning_rate=LEARNING_RATE, momentum=0.0
     ),
     label_smoothing=SMOOTHING,

@@ -1,0 +1,387 @@
+"""Routed inference from a checkpoint.
+
+Axes: N images, H, W, K buckets, C classes.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ds_jax import (
+  checkpoint,
+  compiler,
+  data,
+  models,
+  paths,
+  routing,
+  validation,
+)
+from ds_jax.inference import images as images_lib
+from ds_jax.inference import parts as parts_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What the network says of each image, and what that cost.
+
+  Attributes:
+    logits: (N, C) float32.
+    labels: (N,) int32, the largest logit.
+    buckets: (N,) int32, the index of the sub-network whose answer it is.
+    madds: (N,) int64, multiply-adds spent, on all sub-networks that ran.
+  """
+
+  logits: np.ndarray
+  labels: np.ndarray
+  buckets: np.ndarray
+  madds: np.ndarray
+
+
+class Predictor:
+  """`predictor(images)` routes every image to the bucket that will do.
+
+  Each batch shape compiles once, into one program that holds every branch.
+
+  Attributes:
+    model: the network, weights included.
+    image_size: what images are resized to.
+    crop_ratio: share of the short side kept of images of another size.
+    interpolation: how these are resized.
+    router: which buckets run for an image; see `with_budget`.
+    costs: multiply-adds of the trunk and of every bucket's branch.
+    parts: the network, for those who route by themselves.
+    weights: what `parts` takes.
+  """
+
+  def __init__(
+    self,
+    model,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_ratio: float = 1.0,
+    interpolation: str = 'bilinear',
+    has_gate: bool = True,
+    gate: Mapping[str, Any] | None = None,
+    held_out: routing.Outcomes | None = None,
+    presliced: bool = True,
+  ):
+    """Wraps a model; `restore` is the usual way here.
+
+    Args:
+      model: a supernet with trained weights.
+      image_size: S, in pixels.
+      mean: of the channels, in units of pixel / 255.
+      std: of the channels, in units of pixel / 255.
+      crop_ratio: share of the short side kept of images of another size.
+      interpolation: `bilinear` or `bicubic`, how these are resized.
+      has_gate: whether the slimming head is trained.
+      gate: `target` and `target_madds` of the gate's config; None means an SGS
+        gate that spends what it was trained to.
+      held_out: outcomes of images that no training has seen, which budgets are
+        set on.
+      presliced: whether every bucket gets a copy of its slices of the weights,
+        for speed, of small batches above all. Without, all buckets share the
+        weights and slice them in every call.
+    """
+    self.model = model
+    self.image_size = image_size
+    # Workdir, step and presliced, where it was restored.
+    self._source: tuple[str, int, bool] | None = None
+    self._has_gate = has_gate
+    self.crop_ratio = crop_ratio
+    self.interpolation = interpolation
+    self._gate = gate or {'target': 'sandwich', 'target_madds': None}
+    self._held_out = held_out
+    self._variables = models.variables_of(model)
+    self.costs = routing.BucketCosts.of_model(model, image_size)
+    self.router = jax.device_put(
+      routing.gate_at_target(held_out, self.costs, **self._gate)
+    )
+    self._normalize = functools.partial(data.normalize, mean=mean, std=std)
+    self.parts, self.weights = parts_lib.make_parts(
+      model, self._normalize, image_size, presliced=presliced
+    )
+    # Those that are no bucket have no slices of their own.
+    self._shared = parts_lib.SharedParts(model, self._normalize, image_size)
+    options = compiler.options_for_inference(
+      slices_weights=self.parts.slices_weights
+    )
+    self._route = jax.jit(
+      functools.partial(_route, self.parts), compiler_options=options
+    )
+    self._run = jax.jit(
+      _run, static_argnames=('parts', 'subnet'), compiler_options=options
+    )
+
+  @classmethod
+  def restore(
+    cls, workdir: str, step: int | None = None, *, presliced: bool = True
+  ) -> 'Predictor':
+    """Restores a checkpoint of a run or a conversion.
+
+    Args:
+      workdir: that of `ds_jax.main`, or the output of `ds_jax.convert`.
+      step: one of those in its `checkpoints/`; None means the newest intact.
+      presliced: as in the constructor.
+
+    Raises:
+      CheckpointError: if there is no intact checkpoint.
+    """
+    directory = checkpoint.directory_of(workdir)
+    restored = checkpoint.restore(directory, step)
+    meta = restored.meta
+    model = models.create_abstract_model(**meta['model'])
+    predictor = cls(
+      models.Architecture(model).bind(
+        models.variables_from(restored.tree['network'])
+      ),
+      image_size=meta['image_size'],
+      mean=meta['mean'],
+      std=meta['std'],
+      crop_ratio=meta['crop_ratio'],
+      # Checkpoints from before it was kept.
+      interpolation=meta.get('interpolation', 'bilinear'),
+      has_gate=meta['stage'] in ('gate', 'held_out', 'budget')
+      or meta.get('has_gate', False),
+      gate=meta.get('gate'),
+      held_out=routing.images_held_out(restored.tree),
+      presliced=presliced,
+    )
+    predictor._source = str(paths.expanded(workdir)), restored.step, presliced
+    return predictor
+
+  def __copy__(self):
+    """Returns one with the same weights and compiled programs."""
+    other = object.__new__(type(self))
+    other.__dict__.update(self.__dict__)
+    return other
+
+  def __reduce__(self):
+    """Pickles as the checkpoint that it was restored from, and the router."""
+    if self._source is None:
+      raise TypeError(
+        'This Predictor was not restored from a workdir, and pickles as no'
+        ' more than where to restore from: use Predictor.restore, or save the'
+        ' model with ds_jax.export.'
+      )
+    return _restored_with, (*self._source, jax.device_get(self.router))
+
+  def with_budget(
+    self,
+    madds: float | None = None,
+    *,
+    fraction: float | None = None,
+    router: str = 'gate',
+    score: str = 'margin',
+    ladder: Sequence[int] | None = None,
+  ) -> 'Predictor':
+    """Returns this predictor with another mean cost of an image.
+
+    The budget holds on average over images like those held out, which it is
+    set on. Nothing is trained, and nothing compiled but for another kind of
+    router.
+
+    Args:
+      madds: mean multiply-adds an image.
+      fraction: the same, as a share of the dearest bucket's.
+      router: `gate` chooses one bucket; `cascade` runs the buckets of a ladder
+        until one is sure.
+      score: what a cascade is sure by: `probability`, `margin`, `entropy` or
+        `learned`.
+      ladder: a cascade's buckets, indices of sub-networks, rising; None means
+        the first and the last bucket.
+
+    Raises:
+      BudgetError: if the budget is out of the router's range.
+      ValueError: unless either madds or fraction is given, for an unknown
+        router, score or ladder, or if there are no images to set budgets on.
+    """
+    if (madds is None) == (fraction is None):
+      raise ValueError(
+        f'with_budget(madds={madds}, fraction={fraction}): expected one of the'
+        ' two.'
+      )
+    validation.check_choice('router', router, ('gate', 'cascade'))
+    if self._held_out is None:
+      raise ValueError(
+        'This checkpoint has no outcomes of held-out images to set a budget on:'
+        ' train with config.dataset.budget_share, for example 0.05, to the end'
+        ' of the run.'
+      )
+    if madds is None:
+      madds = fraction * float(self.costs.buckets.max())
+    if router == 'cascade':
+      rungs = None if ladder is None else self._rungs(ladder)
+      dial = routing.CascadeDial(self._held_out, self.costs, rungs, score)
+    else:
+      utility = routing.utility_of(self._gate['target'])
+      dial = routing.GateDial(self._held_out, self.costs, utility)
+    # Shares the compiled programs.
+    other = copy.copy(self)
+    other.router = jax.device_put(dial.router(madds))
+    return other
+
+  def _rungs(self, ladder: Sequence[int]) -> list[int]:
+    """Returns the places of these sub-networks among the buckets."""
+    indices = self.costs.indices
+    if not ladder or list(ladder) != [i for i in indices if i in ladder]:
+      raise ValueError(
+        f'ladder={tuple(ladder)}: expected one or more of the buckets'
+        f' {tuple(indices)}, rising.'
+      )
+    return [indices.index(bucket) for bucket in ladder]
+
+  def __call__(
+    self, images: np.ndarray, subnet: int | None = None
+  ) -> Prediction:
+    """Classifies a batch.
+
+    Args:
+      images: (N, H, W, 3) or (N, H, W, 1) uint8, or a list of (H, W, 3) or
+        (H, W, 1), of any sizes. Those of another size than `image_size` are
+        brought to it as evaluation does.
+      subnet: the index of the sub-network to run for every image, a bucket of
+        the gate or not. None leaves it to the router.
+
+    Returns:
+      The prediction, on the host.
+
+    Raises:
+      ValueError: for images of another kind, a `subnet` that does not exist,
+        or a gate that is not trained yet.
+    """
+    images = images_lib.prepare_images(
+      images, self.image_size, self.crop_ratio, self.interpolation
+    )
+    if subnet is not None:
+      return self._run_one(images, subnet)
+    self._check_gate()
+    routed = jax.device_get(self.program()(jax.device_put(images)))
+    return prediction_of(routed, self.costs)
+
+  def program(self, subnet: int | None = None) -> Callable[[jax.Array], Any]:
+    """Returns the compiled part of a prediction, whose results stay on device.
+
+    Args:
+      subnet: as in `__call__`.
+
+    Returns:
+      A function of images (N, S, S, 3) uint8 to logits (N, C), or, of the
+      router, to `routing.Routed`.
+    """
+    if subnet is None:
+      return functools.partial(self._route, self._routed_weights(), self.router)
+    chosen = self._sub_network(subnet)
+    parts, weights = self._alone(chosen)
+    return functools.partial(self._run, weights, parts=parts, subnet=chosen)
+
+  def lowerable(
+    self, platform: str, subnet: int | None = None
+  ) -> tuple[Callable[..., routing.Routed], Any, routing.BucketCosts]:
+    """Returns the prediction for another platform to compile.
+
+    Args:
+      platform: as JAX lowers for: `cpu`, `cuda`, `rocm` or `tpu`.
+      subnet: as in `__call__`. One sub-network is routed to as if it were the
+        only bucket.
+
+    Returns:
+      A function of some arguments and images, those arguments, and the costs
+      of the buckets.
+
+    Raises:
+      ValueError: if the gate is needed and not trained yet, or for a `subnet`
+        that does not exist.
+    """
+
+    def there(parts):
+      return type(parts)(self.model, self._normalize, self.image_size, platform)
+
+    if subnet is not None:
+      chosen = self._sub_network(subnet)
+      parts, weights = self._alone(chosen)
+      run = functools.partial(_run_alone, parts=there(parts), subnet=chosen)
+      return run, (weights,), self._costs_alone(chosen)
+    self._check_gate()
+    arguments = self._routed_weights(), self.router
+    return functools.partial(_route, there(self.parts)), arguments, self.costs
+
+  def _routed_weights(self):
+    buckets = sorted({bucket for run in self.router.runs for bucket in run})
+    indices = [self.costs.indices[bucket] for bucket in buckets]
+    return self.parts.needed(self.weights, indices, gate=self.router.uses_gate)
+
+  def _alone(self, chosen: models.Subnet) -> tuple[parts_lib.Parts, Any]:
+    """Returns the parts that run a sub-network, and their weights."""
+    if chosen in self.model.routing_space:
+      return self.parts, self.parts.needed(self.weights, [chosen.index])
+    return self._shared, self._variables
+
+  def _costs_alone(self, chosen: models.Subnet) -> routing.BucketCosts:
+    trunk, branch = self.model.cost_in_parts(chosen, self.image_size)
+    branches = np.asarray([branch.madds], np.int64)
+    return routing.BucketCosts(trunk.madds, branches, (chosen.index,))
+
+  def _run_one(self, images, subnet) -> Prediction:
+    run = self.program(subnet)
+    logits = jax.device_get(run(jax.device_put(images)))
+    only = np.zeros((len(images), 1), np.int32)
+    costs = self._costs_alone(self._sub_network(subnet))
+    return prediction_of(routing.Routed(only, logits), costs)
+
+  def _check_gate(self):
+    if self.router.uses_gate and not self._has_gate:
+      raise ValueError(
+        'This checkpoint is from before Stage II, or a conversion: its gate is'
+        ' not trained. Choose a sub-network with predictor(images, subnet=k),'
+        ' train on, or, if the converted weights have a trained gate, convert'
+        ' them with --gate=trained.'
+      )
+
+  def _sub_network(self, index: int) -> models.Subnet:
+    known = self.model.sub_networks
+    if not 0 <= index < len(known):
+      raise ValueError(
+        f'subnet={index}: expected 0 (narrowest) to {len(known) - 1} (widest).'
+      )
+    return known[index]
+
+
+def _restored_with(workdir, step, presliced, router) -> Predictor:
+  predictor = Predictor.restore(workdir, step, presliced=presliced)
+  predictor.router = jax.device_put(router)
+  return predictor
+
+
+def prediction_of(
+  routed: routing.Routed, costs: routing.BucketCosts
+) -> Prediction:
+  """Returns what images that went through a router are, all on the host."""
+  last = routing.last_bucket(routed.runs, len(costs.branches))
+  return Prediction(
+    routed.logits,
+    routed.logits.argmax(-1).astype(np.int32),
+    np.asarray(costs.indices, np.int32)[last],
+    costs.of_runs(routed.runs),
+  )
+
+
+def _route(parts, weights, router, images):
+  return routing.route(router, parts.network(weights), images)
+
+
+def _run_alone(weights, images, parts, subnet):
+  runs = jnp.zeros((len(images), 1), jnp.int32)
+  return routing.Routed(runs, parts.run(weights, images, subnet))
+
+
+def _run(weights, images, parts, subnet):
+  return parts.run(weights, images, subnet)

@@ -1,0 +1,82 @@
+"""Whether a run may go on from a checkpoint: the same config, and versions."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from ds_jax import config as config_lib
+from ds_jax import hosts, models
+
+# Where the images are and how they are read, not what they are.
+FREE_FIELDS = (
+  'dataset.data_dir',
+  'dataset.num_threads',
+  'dataset.read_ahead_mib',
+)
+
+
+def check_same_config(
+  saved: Mapping[str, Any],
+  given: Mapping[str, Any],
+  stages_begun: Sequence[str],
+) -> None:
+  """Raises ConfigError where a field that the saved arrays depend on differs.
+
+  Sections of stages that have not begun may still be changed.
+  """
+  sections = ('seed', 'model', 'init', 'dataset', *stages_begun)
+  # With the model's defaults, which need not stand in a config; and tuples as
+  # lists, as in the saved one.
+  saved, given = (
+    flatten(json.loads(json.dumps(_with_whole_model(config))))
+    for config in (saved, given)
+  )
+  differences = [
+    f'{name} was {saved.get(name)!r} and is {given.get(name)!r}'
+    for name in sorted(saved.keys() | given.keys())
+    if name.split('.')[0] in sections
+    and name not in FREE_FIELDS
+    and saved.get(name) != given.get(name)
+  ]
+  if differences:
+    raise config_lib.ConfigError(
+      'The workdir holds a run of another config: '
+      + '; '.join(differences)
+      + '. Restore these values to resume it, or choose a new workdir.'
+    )
+
+
+def _with_whole_model(config):
+  return {**config, 'model': models.resolved_options(**config['model'])}
+
+
+def warn_of_other_versions(saved: Mapping[str, str]) -> None:
+  """Says where the rest of a run may draw otherwise than it would have."""
+  found = hosts.versions()
+  differences = [
+    f'{name} was {version} and is {found.get(name)}'
+    for name, version in saved.items()
+    if version != found.get(name)
+  ]
+  if differences:
+    logging.warning(
+      'The checkpoint was saved with other libraries: %s. The run goes on, but'
+      ' may not end with the bits of an uninterrupted one: images may come in'
+      ' another order, or augmented otherwise.',
+      '; '.join(differences),
+    )
+
+
+def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns fields of sections in one dict, as in `dataset.name`."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, dict):
+      flat.update(flatten(value, f'{prefix}{name}.'))
+    else:
+      flat[prefix + name] = value
+  if 'dataset.name' in flat:  # the kind of idx:DIR
+    flat['dataset.name'] = flat['dataset.name'].partition(':')[0]
+  return flat
