@@ -1,5 +1,7 @@
 """Fields from flags: every one, by its type, with errors that name the form."""
 
+import ast
+import collections
 import dataclasses
 import os
 import pathlib
@@ -340,3 +342,35 @@ def test_a_wheel_has_every_module_and_the_configs(tmp_path):
   )  # fmt: skip
   # The config was found; there is nothing to evaluate.
   assert 'CheckpointError: No checkpoints in' in done.stderr, done.stderr
+
+
+def test_the_whole_experiment_is_printed_as_a_config_file_would_have_it():
+  experiment = parsed('--config.gate.num_epochs=5')
+  listing = command_line.listing(experiment)
+  assert 'config.gate.num_epochs = 5.0' in listing.splitlines()
+  names = {field for field, _ in fields_of(config_lib.Experiment)}
+  stated = {line.partition(' = ')[0] for line in listing.splitlines()}
+  assert {f'config.{name}' for name in names} <= stated
+  # Dots make dicts.
+  config = collections.defaultdict(dict)
+  for line in listing.splitlines():
+    name, _, value = line.partition(' = ')
+    *sections, last = name.split('.')[1:]
+    node = config
+    for section in sections:
+      node = node.setdefault(section, {})
+    node[last] = ast.literal_eval(value)
+  assert config_lib.Experiment.from_config(config) == experiment
+
+
+def test_printing_it_needs_no_workdir(tmp_path):
+  command = [sys.executable, '-m', 'ds_jax.main', '--config=ds_digits']
+  done = subprocess.run(
+    [*command, '--print_config', '--config.seed=7'],
+    capture_output=True, check=True, text=True, cwd=tmp_path,
+  )  # fmt: skip
+  assert 'config.seed = 7' in done.stdout.splitlines()
+  assert not list(tmp_path.iterdir())
+  done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert done.returncode == 1
+  assert '--workdir is missing' in done.stdout + done.stderr
