@@ -2,12 +2,12 @@
 
     python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 
-Time: some 90 seconds on 2 CPU cores, most of it compilation. Expected: 96.1 to
-97.8 top-1 from the narrowest to the widest bucket; the gate 97.5 at 45% of the
-MAdds of the widest, a cascade 98.1 at 40% (2026-11-27, seed 0, this command;
-another kind of CPU rounds otherwise, and ends elsewhere). There are 360 test
-images, and one is 0.3 points: `ds_mobilenet_fashion_mnist.py` shows better what
-a gate is good for.
+Time: 90 seconds to 3 minutes on 2 CPU cores, most of it compilation. Expected:
+96.1 to 97.8 top-1 from the narrowest to the widest bucket; the gate 97.5 at 45%
+of the MAdds of the widest, a cascade 98.1 at 40% (2026-11-27, seed 0, this
+command; another kind of CPU rounds otherwise, and ends elsewhere). There are
+360 test images, and one is 0.3 points: `ds_mobilenet_fashion_mnist.py` shows
+better what a gate is good for.
 """
 
 import ml_collections

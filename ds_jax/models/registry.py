@@ -245,10 +245,9 @@ def resolved_options(name: str, **options) -> dict[str, Any]:
     for option, parameter in signature.parameters.items()
     if parameter.default is not parameter.empty
   }
-  sized = size_options(name, entry.image_size)
   return {
     'name': name, 'num_classes': 1000, 'init': 'lecun',
-    **defaults, **sized, **entry.options, **options,
+    **defaults, **_own_options(name), **options,
   }  # fmt: skip
 
 
@@ -317,19 +316,21 @@ def _builder(name, num_classes, seed, init, options):
     raise ValueError(
       f'Unknown model {name!r}; expected one of {", ".join(list_models())}.'
     )
-  family, size, defaults = _MODELS[name]
-  defaults = {**size_options(name, size), **defaults}
+  family, whole = _MODELS[name].family, {**_own_options(name), **options}
   _check_options(name, {'num_classes': num_classes, 'seed': seed, **options})
 
   def build():
     rngs = nnx.Rngs(seed)
-    model = family(
-      num_classes=num_classes, rngs=rngs, **{**defaults, **options}
-    )
+    model = family(num_classes=num_classes, rngs=rngs, **whole)
     initial.redraw(model, init, rngs)
     return model
 
   return build
+
+
+def _own_options(name):
+  entry = _MODELS[name]
+  return {**size_options(name, entry.image_size), **entry.options}
 
 
 def _check_options(name, given):

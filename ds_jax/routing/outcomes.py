@@ -61,19 +61,18 @@ def images_held_out(tree: Mapping[str, Any]) -> Outcomes | None:
   Args:
     tree: the arrays of the checkpoint.
   """
-  saved = tree.get('outcomes')
-  # In format 1, True where there is an image.
-  mask = np.asarray(tree.get('mask', True))
-  if not saved or not mask.any():
+  if 'outcomes' not in tree:
     return None
+  saved = jax.tree.map(np.asarray, tree['outcomes'])
   outcomes = Outcomes(
     saved['gate_logits'],
     routers.Confidence(**saved['confidence']),
     saved['right'],
   )
-  return jax.tree.map(
-    lambda x: np.asarray(x)[mask] if mask.ndim else np.asarray(x), outcomes
-  )
+  if 'mask' in tree:  # Of format 1: True where there is an image.
+    mask = np.asarray(tree['mask'])
+    outcomes = jax.tree.map(lambda x: x[mask], outcomes)
+  return outcomes if len(outcomes) else None
 
 
 def replay(router: routers.Router, outcomes: Outcomes) -> np.ndarray:
