@@ -1,4 +1,4 @@
-"""DS-MobileNet on scikit-learn's digits, both stages: a run of minutes.
+"""DS-MobileNet on scikit-learn's digits: a run of minutes.
 
     python -m ds_jax.main --config=configs/ds_digits.py --workdir=runs/digits
 

@@ -1,4 +1,4 @@
-"""DS-ResNet-26 on scikit-learn's digits, both stages: a run of minutes.
+"""DS-ResNet-26 on scikit-learn's digits: a run of minutes.
 
     python -m ds_jax.main --config=configs/ds_digits_resnet.py \
         --workdir=runs/digits_resnet

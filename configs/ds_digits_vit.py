@@ -1,4 +1,4 @@
-"""DS-ViT on scikit-learn's digits, both stages: a run of minutes.
+"""DS-ViT on scikit-learn's digits: a run of minutes.
 
     python -m ds_jax.main --config=configs/ds_digits_vit.py \
         --workdir=runs/digits_vit

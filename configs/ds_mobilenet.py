@@ -1,4 +1,4 @@
-"""DS-MobileNet on ImageNet, both stages: the released recipe, number by number.
+"""DS-MobileNet on ImageNet: the released recipe, number by number.
 
     python -m ds_jax.main --config=configs/ds_mobilenet.py \
         --workdir=runs/ds_mobilenet --config.dataset.data_dir=DIR

@@ -1,4 +1,4 @@
-"""DS-MobileNet for 32-pixel images on CIFAR-10, both stages.
+"""DS-MobileNet for 32-pixel images on CIFAR-10.
 
     python -m ds_jax.main --config=configs/ds_mobilenet_cifar10.py \
         --workdir=runs/cifar10 --config.dataset.data_dir=DIR

@@ -1,4 +1,4 @@
-"""DS-MobileNet on Fashion-MNIST, both stages.
+"""DS-MobileNet on Fashion-MNIST.
 
     python -m ds_jax.main --config=configs/ds_mobilenet_fashion_mnist.py \
         --workdir=runs/fashion --config.dataset.name=idx:DIR

@@ -1,4 +1,4 @@
-"""DS-ResNet-50 on ImageNet, both stages.
+"""DS-ResNet-50 on ImageNet.
 
     python -m ds_jax.main --config=configs/ds_resnet50.py \
         --workdir=runs/ds_resnet50 --config.dataset.data_dir=DIR

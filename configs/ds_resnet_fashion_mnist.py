@@ -1,4 +1,4 @@
-"""DS-ResNet-26 on Fashion-MNIST, both stages.
+"""DS-ResNet-26 on Fashion-MNIST.
 
     python -m ds_jax.main --config=configs/ds_resnet_fashion_mnist.py \
         --workdir=runs/fashion_resnet --config.dataset.name=idx:DIR

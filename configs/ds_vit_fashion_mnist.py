@@ -1,4 +1,4 @@
-"""DS-ViT on Fashion-MNIST, both stages.
+"""DS-ViT on Fashion-MNIST.
 
     python -m ds_jax.main --config=configs/ds_vit_fashion_mnist.py \
         --workdir=runs/fashion_vit --config.dataset.name=idx:DIR

@@ -1,4 +1,4 @@
-"""DS-ViT-S/16 on ImageNet, both stages: DeiT's recipe, with MvCo.
+"""DS-ViT-S/16 on ImageNet: DeiT's recipe, with MvCo.
 
     python -m ds_jax.main --config=configs/ds_vit_s16.py \
         --workdir=runs/ds_vit_s16 --config.dataset.data_dir=DIR

@@ -30,9 +30,8 @@ from etils import epath
 
 from ds_jax import hosts, paths
 
-# Of what a step holds. 1 has no number; of images held out, it has a mask that
-# says where there is one (see `routing.images_held_out`).
-FORMAT = 2
+# Of what a step holds. See `_in_todays_words` for what the others call it.
+FORMAT = 3
 
 
 class CheckpointError(Exception):
@@ -339,7 +338,30 @@ def _read(root: epath.Path, step: int) -> Restored:
   for name in {**saved, **found}:
     if saved.get(name) != found.get(name):
       raise ValueError(f'the leaf {name} differs from its checksum')
-  return Restored(step, tree, manifest['meta'])
+  meta = _in_todays_words(manifest['meta'], manifest.get('format', 1))
+  return Restored(step, tree, meta)
+
+
+def _in_todays_words(meta: dict[str, Any], written: int) -> dict[str, Any]:
+  """Returns what a run or a conversion of an older format says of itself.
+
+  Formats 1 and 2 say `stage` for a phase, `budget` for `held_out`, and `gate`
+  for `gate_target`; whether the gate is trained goes by the phase. Format 1 has
+  a mask that says where there is an image held out (see
+  `routing.images_held_out`), and may have no `interpolation`.
+  """
+  if written >= 3 or 'stage' not in meta:
+    return meta
+  meta = {'interpolation': 'bilinear', 'has_gate': False, **meta}
+  stage = meta.pop('stage')
+  meta['phase'] = 'held_out' if stage == 'budget' else stage
+  meta['has_gate'] |= meta['phase'] in ('gate', 'held_out')
+  if 'gate' in meta:
+    meta['gate_target'] = meta.pop('gate')
+  if 'position' in meta:
+    position = meta['position']
+    meta['position'] = {'phase': position['stage'], 'step': position['step']}
+  return meta
 
 
 def _alone():

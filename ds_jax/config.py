@@ -316,7 +316,7 @@ class CheckpointConfig:
   """When to save and what to keep.
 
   Attributes:
-    every_steps: between saves; the end of a stage is always saved.
+    every_steps: between saves; the end of a phase is always saved.
     keep_last: how many of the newest.
     keep_best: how many of Stage I, beside the newest: those with the best top-1
       on images held out of all training. None are kept where none are held out;
@@ -366,7 +366,7 @@ class MonitorConfig:
   """What is watched.
 
   Attributes:
-    profile_step: before which step, counted over all stages, a trace begins;
+    profile_step: before which step, counted over all phases, a trace begins;
       None takes none. It lies in the workdir's `profile/`, for TensorBoard or
       XProf.
     profile_steps: how many steps it holds.
@@ -454,7 +454,7 @@ class Experiment:
 
   @property
   def choice_part(self) -> str | None:
-    """The part that checkpoints are chosen by, which no stage trains on."""
+    """The part that checkpoints are chosen by, which no phase trains on."""
     if self.dataset.budget_share:
       return 'budget'
     if self.dataset.gate_share and self.gate.part != 'gate':

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
   ':pytest.PytestUnraisableExceptionWarning'
 )
 
-META = {'stage': 'supernet', 'step_in_stage': 7, 'config': {'lr': 0.1}}
+META = {'phase': 'supernet', 'step_in_phase': 7, 'config': {'lr': 0.1}}
 
 
 def make_tree(seed):
@@ -571,15 +571,58 @@ class RunningTest(parameterized.TestCase):
         checkpoint.restore(folder)
 
 
+@pytest.mark.parametrize(
+  ('stage', 'phase', 'has_gate'),
+  [
+    ('supernet', 'supernet', False),
+    ('gate', 'gate', True),
+    ('budget', 'held_out', True),  # of format 1
+    ('held_out', 'held_out', True),
+  ],
+)
+def test_a_run_of_format_2_says_stage_for_phase(
+  tmp_path, monkeypatch, stage, phase, has_gate
+):
+  written = {
+    'stage': stage,
+    'position': {'stage': 2, 'step': 5},
+    'gate': {'target': 'sandwich', 'target_madds': 3.0},
+    'interpolation': 'bicubic',
+  }
+  monkeypatch.setattr(checkpoint, 'FORMAT', 2)
+  with checkpoint.Checkpointer(tmp_path) as saver:
+    saver.save(5, {'x': np.zeros(1)}, written)
+  monkeypatch.undo()
+  assert checkpoint.restore(tmp_path).meta == {
+    'phase': phase,
+    'position': {'phase': 2, 'step': 5},
+    'gate_target': written['gate'],
+    'has_gate': has_gate,
+    'interpolation': 'bicubic',
+  }
+
+
+def test_a_conversion_of_format_1_has_no_interpolation(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, 'FORMAT', 1)
+  with checkpoint.Checkpointer(tmp_path) as saver:
+    saver.save(0, {'x': np.zeros(1)}, {'stage': 'converted', 'has_gate': True})
+  monkeypatch.undo()
+  assert checkpoint.restore(tmp_path).meta == {
+    'phase': 'converted',
+    'has_gate': True,
+    'interpolation': 'bilinear',
+  }
+
+
 def test_a_step_of_a_newer_format_is_no_damaged_one(tmp_path):
   """It is not passed over for an older step."""
   with checkpoint.Checkpointer(tmp_path) as saver:
     saver.save(1, make_tree(1), META)
     saver.wait()
-    with mock.patch.object(checkpoint, 'FORMAT', 3):
+    with mock.patch.object(checkpoint, 'FORMAT', 4):
       saver.save(2, make_tree(2), META)
   expected = (
-    'has format 3, and this ds_jax knows 1 to 2: it was saved by a newer'
+    'has format 4, and this ds_jax knows 1 to 3: it was saved by a newer'
   )
   with pytest.raises(checkpoint.CheckpointError, match=expected):
     checkpoint.restore(tmp_path)

@@ -43,17 +43,17 @@ class Command:
       text=True,
     )
 
-  def wait_for(self, stage, count, timeout=500):
-    """Returns once `count` more rows of a stage were written."""
+  def wait_for(self, phase, count, timeout=500):
+    """Returns once `count` more rows of a phase were written."""
     before = len(rows(self.workdir))
     end = time.monotonic() + timeout
     while time.monotonic() < end:
       new = rows(self.workdir)[before:]
-      if sum(row['stage'] == stage for row in new) >= count:
+      if sum(row['phase'] == phase for row in new) >= count:
         return
       assert self._process.poll() is None, self.finish()
       time.sleep(0.001)
-    raise AssertionError(f'No {count} steps of {stage} in {timeout} s.')
+    raise AssertionError(f'No {count} steps of {phase} in {timeout} s.')
 
   def send_signal(self, number):
     self._process.send_signal(number)

@@ -159,7 +159,7 @@ def test_an_evaluation_has_all_and_routes_to_them(
   right = logits.argmax(-1) == labels
   np.testing.assert_array_equal(sweep.top1, right)
   results = evaluation.summarize(
-    sweep, model, 8, gate={'target': 'sandwich', 'target_madds': None}
+    sweep, model, 8, gate_target=routing.GateTarget()
   )
   assert len(results['subnets']) == 4 and results['buckets'] == [0, 2]
   assert results['routed']['top1'] == right[chosen, np.arange(24)].mean()

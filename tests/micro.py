@@ -98,9 +98,10 @@ def save_finished_run(folder: pathlib.Path, **meta) -> None:
     ),
   }
   meta = {
-    'stage': 'held_out', 'model': MODEL, 'image_size': 8,
+    'phase': 'held_out', 'model': MODEL, 'image_size': 8,
     'crop_ratio': 1.0, 'mean': (0.5,) * 3, 'std': (0.5,) * 3,
-    'gate': {'target': 'sandwich', 'target_madds': 4e3}, **meta,
+    'interpolation': 'bilinear', 'has_gate': True,
+    'gate_target': {'target': 'sandwich', 'target_madds': 4e3}, **meta,
   }  # fmt: skip
   with checkpoint.Checkpointer(checkpoint.directory_of(folder)) as saver:
     saver.save(1, serialization.to_state_dict(state), meta)

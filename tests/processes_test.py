@@ -72,9 +72,9 @@ class _Pair:
       for i in range(2)
     ]
 
-  def wait_for(self, stage, count):
+  def wait_for(self, phase, count):
     try:
-      self.processes[0].wait_for(stage, count)
+      self.processes[0].wait_for(phase, count)
     except AssertionError:
       for process in self.processes:
         process.send_signal(signal.SIGKILL)
@@ -109,9 +109,9 @@ def broken(images, tmp_path_factory):
   said['terminated'] = pair.finish()
   said['saved'] = checkpoint.restore(checkpoint.directory_of(workdir)).step
 
-  for stage, victim in (('calibrate', 1), ('gate', 0)):
+  for phase, victim in (('calibrate', 1), ('gate', 0)):
     pair = _Pair(images, workdir)
-    pair.wait_for(stage, 5)
+    pair.wait_for(phase, 5)
     pair.processes[victim].send_signal(signal.SIGKILL)
     start = time.monotonic()
     results = pair.finish()
@@ -165,7 +165,7 @@ def test_a_broken_run_ends_bit_equal(whole, broken):
 
 def test_only_the_first_process_writes_metrics(whole):
   steps = [
-    (row['stage'], row['step'])
+    (row['phase'], row['step'])
     for row in command.rows(whole)
     if 'images_per_second' in row
   ]

@@ -219,25 +219,25 @@ def test_the_file_holds_every_field(result):
   } == result.keys()  # fmt: skip
   (row,) = result['rows']  # fsdp=2 does not fit pmap
   assert (row['executor'], row['fsdp'], row['devices']) == ('pmap', 1, 2)
-  assert row['stages'].keys() == {'Stage I', 'Stage II'}
-  for stage in row['stages'].values():
-    assert stage.keys() == {
+  assert row['phases'].keys() == {'Stage I', 'Stage II'}
+  for phase in row['phases'].values():
+    assert phase.keys() == {
       'seconds', 'spread', 'compile_seconds', 'count', 'small', 'kinds',
       'wire_bytes', 'fewest', 'over_fewest', 'programs',
     }  # fmt: skip
-    assert stage['seconds'] > 0
-    assert stage['over_fewest'] >= 1
-    assert stage['count'] == stage['small'] > 0
-    for kind, sums in stage['kinds'].items():
+    assert phase['seconds'] > 0
+    assert phase['over_fewest'] >= 1
+    assert phase['count'] == phase['small'] > 0
+    for kind, sums in phase['kinds'].items():
       for field, value in sums.items():
         assert value == sum(
           program['kinds'].get(kind, {}).get(field, 0)
-          for program in stage['programs']
+          for program in phase['programs']
         )
 
 
 def test_a_step_runs_the_teacher_then_the_students_then_the_update(result):
-  programs = result['rows'][0]['stages']['Stage I']['programs']
+  programs = result['rows'][0]['phases']['Stage I']['programs']
   names = [p['name'] for p in programs if p['name'] != 'lambda']
   assert [name.split()[0] for name in names] == [
     'soft_targets', 'widest_pass', 'student_pass', 'student_pass',
@@ -252,7 +252,7 @@ def test_replicas_reduce_the_gradient_once_and_little_else(result):
     kind: sum(x.size for x in jax.tree.leaves(nnx.state(model, kind)))
     for kind in (nnx.Param, nnx.BatchStat)
   }
-  first = result['rows'][0]['stages']['Stage I']
+  first = result['rows'][0]['phases']['Stage I']
   assert first['kinds'].keys() == {'all-reduce'}
   # Metrics: the widest's loss and accuracy, and two students' losses.
   extras = 4 * (count[nnx.BatchStat] + 2 + 1 + 1)

@@ -4,7 +4,7 @@
     python -m ds_jax.benchmark.scaling --model=ds_resnet50 --compile_only
 
 Every combination of executor, fsdp and number of devices runs in a process of
-its own. It times steps of both stages, reads the collectives out of the
+its own. It times steps of Stages I and II, reads the collectives out of the
 optimised HLO of the programs that a step runs, and compares their bytes with
 the fewest that would do (`fewest`).
 
@@ -146,7 +146,7 @@ class _Recorder(parallel.Executor):
     return call
 
 
-def fewest(model, stage: str, executor: _Recorder) -> dict[str, float]:
+def fewest(model, phase: str, executor: _Recorder) -> dict[str, float]:
   """Returns the bytes that a device has to send in a step, at the least.
 
   Gradients are float32 and cross the network once a step. With pmap, so do the
@@ -158,14 +158,14 @@ def fewest(model, stage: str, executor: _Recorder) -> dict[str, float]:
 
   Args:
     model: the supernet.
-    stage: `supernet` or `gate`.
+    phase: `supernet` or `gate`.
     executor: of the step.
 
   Returns:
     Bytes by what they are of: `gradient`, `statistics`, `parameters`.
   """
   variables = models.variables_of(model)
-  is_first = stage == supernet.Supernet.name
+  is_first = phase == supernet.Supernet.name
   students = 2 + _num_random(model) if is_first else 1
   passes = students + 1 if is_first else 1
   devices, shards = executor.mesh.size, executor.mesh.shape['fsdp']
@@ -247,33 +247,33 @@ def run(options: Options) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns the rows as text for people; bytes are those of one device."""
   lines = []
-  for stage in dict.fromkeys(name for row in rows for name in row['stages']):
+  for phase in dict.fromkeys(name for row in rows for name in row['phases']):
     lines += [
       '',
-      f'{stage:9}{"executor":>9}{"fsdp":>5}{"devices":>8}{"ms/step":>10}'
+      f'{phase:9}{"executor":>9}{"fsdp":>5}{"devices":>8}{"ms/step":>10}'
       f'{"spread":>8}{"ops":>6}{"small":>6}'
       + ''.join(f'{kind[-14:] + ", MB":>19}' for kind in collectives.KINDS[:3])
       + f'{"sent, MB":>10}{"fewest":>10}{"times":>7}',
     ]
     for row in rows:
-      if stage in row['stages']:
-        lines.append(_line(row, row['stages'][stage]))
+      if phase in row['phases']:
+        lines.append(_line(row, row['phases'][phase]))
   return '\n'.join(lines[1:])
 
 
-def _line(row, stage):
-  seconds = stage['seconds']
-  took = f'{1e3 * seconds:10.1f}{stage["spread"]:8.1%}' if seconds else ' ' * 18
-  times = f'{stage["over_fewest"]:7.2f}' if stage['over_fewest'] else ''
+def _line(row, phase):
+  seconds = phase['seconds']
+  took = f'{1e3 * seconds:10.1f}{phase["spread"]:8.1%}' if seconds else ' ' * 18
+  times = f'{phase["over_fewest"]:7.2f}' if phase['over_fewest'] else ''
   megabytes = ''.join(
-    f'{stage["kinds"].get(kind, {}).get("bytes", 0) / 1e6:19.3f}'
+    f'{phase["kinds"].get(kind, {}).get("bytes", 0) / 1e6:19.3f}'
     for kind in collectives.KINDS[:3]
   )
   return (
     f'{"":9}{row["executor"]:>9}{row["fsdp"]:5}{row["devices"]:8}{took}'
-    f'{stage["count"]:6}{stage["small"]:6}{megabytes}'
-    f'{stage["wire_bytes"] / 1e6:10.3f}'
-    f'{sum(stage["fewest"].values()) / 1e6:10.3f}{times}'
+    f'{phase["count"]:6}{phase["small"]:6}{megabytes}'
+    f'{phase["wire_bytes"] / 1e6:10.3f}'
+    f'{sum(phase["fewest"].values()) / 1e6:10.3f}{times}'
   )
 
 
@@ -331,23 +331,23 @@ def child(task: str) -> None:
     config_lib.ParallelConfig(task['executor'], task['fsdp']),
     is_abstract=options.compile_only,
   )
-  ways, stages = [], {}
-  for name, stage in _stages(model, options.image_size, executor).items():
+  ways, phases = [], {}
+  for name, phase in _phases(model, options.image_size, executor).items():
     start = time.perf_counter()
-    call = _step(stage, model, options)
+    call = _step(phase, model, options)
     executor.calls.clear()
     jax.block_until_ready(call())
     compiling = time.perf_counter() - start
-    stages[name] = {
+    phases[name] = {
       'seconds': None,
       'spread': None,
       'compile_seconds': compiling,
-      **_summary(executor.calls, fewest(model, stage.name, executor)),
+      **_summary(executor.calls, fewest(model, phase.name, executor)),
     }
     ways.append(timing.Way('scaling', name, options.batch_size, 0, call))
   if not options.compile_only:
     for row in timing.time_in_turn(ways, options.seconds):
-      stages[row.name] |= {'seconds': row.median, 'spread': row.spread}
+      phases[row.name] |= {'seconds': row.median, 'spread': row.spread}
   print(
     json.dumps(
       {
@@ -355,7 +355,7 @@ def child(task: str) -> None:
         'executor': task['executor'],
         'fsdp': task['fsdp'],
         'devices': executor.mesh.size,
-        'stages': stages,
+        'phases': phases,
       }
     )
   )
@@ -386,7 +386,7 @@ def _by_kind(found: Iterable[collectives.Collective]):
   return kinds
 
 
-def _stages(model, image_size, executor):
+def _phases(model, image_size, executor):
   common = dict(
     num_steps=_MANY_STEPS, steps_per_epoch=_MANY_STEPS, seed=0,
     executor=executor,
@@ -407,10 +407,10 @@ def _num_random(model):
   return min(2, len(model.sub_networks) - 2)
 
 
-def _step(stage, model, options):
-  """Returns a function that runs the stage's next step."""
+def _step(phase, model, options):
+  """Returns a function that runs the phase's next step."""
   # Steps donate their state; `put` makes the copy.
-  state = stage.init(models.variables_of(model))
+  state = phase.init(models.variables_of(model))
   rng = np.random.default_rng(0)
   shape = (options.batch_size, options.image_size, options.image_size, 3)
   if options.compile_only:
@@ -423,7 +423,7 @@ def _step(stage, model, options):
   def step():
     nonlocal state
     # The same draw every time, so that everything is compiled once.
-    state, metrics = stage.step(state, batch, 0)
+    state, metrics = phase.step(state, batch, 0)
     return () if options.compile_only else (state, metrics)
 
   return step

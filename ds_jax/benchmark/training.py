@@ -27,7 +27,7 @@ def matmul_ways(dtype: str) -> list[timing.Way]:
 
 
 def training_ways(model, image_size: int, batch_size: int) -> list[timing.Way]:
-  """The widest network, forward and with its gradient; steps of both stages."""
+  """The widest network, with its gradient too; steps of Stages I and II."""
   variables = models.variables_of(model)
   architecture = models.Architecture(model)
   batch = _batch(image_size, batch_size)
@@ -50,11 +50,11 @@ def training_ways(model, image_size: int, batch_size: int) -> list[timing.Way]:
   forward = functools.partial(
     jax.jit(forward, compiler_options=options), variables, images
   )
-  first, stage_madds = _supernet_step(model, image_size, batch)
+  first, phase_madds = _supernet_step(model, image_size, batch)
   programs = {
     'widest, forward': (forward, widest),
     'widest, gradient': (functools.partial(gradient, *arguments), 3 * widest),
-    'Stage I step': (first, stage_madds),
+    'Stage I step': (first, phase_madds),
     'Stage II step': (_gate_step(model, image_size, batch), 0),
   }
   return [
@@ -86,8 +86,8 @@ def _supernet_step(model, image_size, batch):
     optimizer=_OPTIMIZER,
     num_random=min(2, len(model.sub_networks) - 2),
   )
-  stage, step = _step_of(supernet.Supernet, options, model, batch)
-  students = [model.widest, *stage.draw(0), model.narrowest]
+  phase, step = _step_of(supernet.Supernet, options, model, batch)
+  students = [model.widest, *phase.draw(0), model.narrowest]
   madds = [model.cost(s, image_size).madds for s in students]
   # The teacher is the widest network, forward.
   return step, madds[0] + 3 * sum(madds)
@@ -100,21 +100,21 @@ def _gate_step(model, image_size, batch):
 
 
 def _step_of(make, options, model, batch, **more):
-  """Returns a stage, and a function that runs its next step."""
-  stage = make(
+  """Returns a phase, and a function that runs its next step."""
+  phase = make(
     options, model, _normalize, num_steps=_MANY_STEPS,
     steps_per_epoch=_MANY_STEPS, seed=0,
     executor=parallel.Executor(devices=jax.devices()[:1]), **more,
   )  # fmt: skip
-  state = stage.init(_copy(models.variables_of(model)))
+  state = phase.init(_copy(models.variables_of(model)))
 
   def step():
     nonlocal state
     # The same draw every time, so that everything is compiled once.
-    state, metrics = stage.step(state, batch, 0)
+    state, metrics = phase.step(state, batch, 0)
     return metrics
 
-  return stage, step
+  return phase, step
 
 
 _OPTIMIZER = config_lib.OptimizerConfig(name='sgd', learning_rate=1e-3)

@@ -56,7 +56,7 @@ def _convert(arguments):
     model,
     model_arguments,
     arguments.output,
-    stage='converted' if known.is_sliced else 'pretrained',
+    phase='converted' if known.is_sliced else 'pretrained',
     has_gate=arguments.gate == 'trained',
     image_size=image_size,
     interpolation=arguments.interpolation or known.interpolation,
@@ -70,7 +70,7 @@ def _save(
   model_arguments: Mapping[str, Any],
   output: str,
   *,
-  stage: str,
+  phase: str,
   has_gate: bool,
   image_size: int,
   interpolation: str,
@@ -79,7 +79,7 @@ def _save(
 ) -> None:
   """Writes a checkpoint that `Predictor.restore(output)` loads."""
   meta = {
-    'stage': stage,
+    'phase': phase,
     'has_gate': has_gate,
     'model': dict(model_arguments),
     'image_size': image_size,

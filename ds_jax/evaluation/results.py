@@ -4,7 +4,6 @@ Axes: S sub-networks, K buckets (some of the S), N images.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ def summarize(
   model,
   image_size: int,
   *,
-  gate: Mapping[str, Any],
+  gate_target: routing.GateTarget,
   held_out: routing.Outcomes | None = None,
   routed: sweeps.RoutedSweep | None = None,
 ) -> Results:
@@ -31,7 +30,7 @@ def summarize(
     sweep: of the model's S sub-networks.
     model: the supernet; its arrays are not used.
     image_size: for MAdds.
-    gate: `target` and `target_madds` of the gate's config.
+    gate_target: what the gate was trained for.
     held_out: outcomes of images held out, which budgets are set on; None sets
       them on the sweep's own, which is right for curves and too good for a
       promise.
@@ -50,7 +49,7 @@ def summarize(
   costs = routing.BucketCosts.of_model(model, image_size)
   rows = _subnet_rows(sweep, model, image_size)
   if routed is None:
-    router = routing.gate_at_target(held_out, costs, **gate)
+    router = routing.gate_at_target(held_out, costs, gate_target)
     routed = _replayed(sweep, router, costs)
   routed = _routed_row(routed, costs)
   budgets_of = sweep.outcomes if held_out is None else held_out
@@ -64,7 +63,7 @@ def summarize(
     'oracle': _oracle(sweep.outcomes.right, costs),
     'budgets_set_on': 'test images' if held_out is None else 'held-out images',
     'routers': _router_rows(
-      budgets_of, sweep.outcomes, costs, routing.utility_of(gate['target'])
+      budgets_of, sweep.outcomes, costs, gate_target.utility
     ),
   }
 

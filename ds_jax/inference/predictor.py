@@ -6,7 +6,7 @@ Axes: N images, H, W, K buckets, C classes.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class Predictor:
     crop_ratio: float = 1.0,
     interpolation: str = 'bilinear',
     has_gate: bool = True,
-    gate: Mapping[str, Any] | None = None,
+    gate_target: routing.GateTarget | None = None,
     held_out: routing.Outcomes | None = None,
     presliced: bool = True,
   ):
@@ -83,8 +83,8 @@ class Predictor:
       crop_ratio: share of the short side kept of images of another size.
       interpolation: `bilinear` or `bicubic`, how these are resized.
       has_gate: whether the slimming head is trained.
-      gate: `target` and `target_madds` of the gate's config; None means an SGS
-        gate that spends what it was trained to.
+      gate_target: what the gate was trained for; None means an SGS gate that
+        spends what it was trained to.
       held_out: outcomes of images that no training has seen, which budgets are
         set on.
       presliced: whether every bucket gets a copy of its slices of the weights,
@@ -98,12 +98,12 @@ class Predictor:
     self._has_gate = has_gate
     self.crop_ratio = crop_ratio
     self.interpolation = interpolation
-    self._gate = gate or {'target': 'sandwich', 'target_madds': None}
+    self._gate_target = gate_target or routing.GateTarget()
     self._held_out = held_out
     self._variables = models.variables_of(model)
     self.costs = routing.BucketCosts.of_model(model, image_size)
     self.router = jax.device_put(
-      routing.gate_at_target(held_out, self.costs, **self._gate)
+      routing.gate_at_target(held_out, self.costs, self._gate_target)
     )
     self._normalize = functools.partial(data.normalize, mean=mean, std=std)
     self.parts, self.weights = parts_lib.make_parts(
@@ -147,11 +147,9 @@ class Predictor:
       mean=meta['mean'],
       std=meta['std'],
       crop_ratio=meta['crop_ratio'],
-      # Checkpoints from before it was kept.
-      interpolation=meta.get('interpolation', 'bilinear'),
-      has_gate=meta['stage'] in ('gate', 'held_out', 'budget')
-      or meta.get('has_gate', False),
-      gate=meta.get('gate'),
+      interpolation=meta['interpolation'],
+      has_gate=meta['has_gate'],
+      gate_target=routing.GateTarget(**meta.get('gate_target', {})),
       held_out=routing.images_held_out(restored.tree),
       presliced=presliced,
     )
@@ -222,7 +220,7 @@ class Predictor:
       rungs = None if ladder is None else self._rungs(ladder)
       dial = routing.CascadeDial(self._held_out, self.costs, rungs, score)
     else:
-      utility = routing.utility_of(self._gate['target'])
+      utility = self._gate_target.utility
       dial = routing.GateDial(self._held_out, self.costs, utility)
     # Shares the compiled programs.
     other = copy.copy(self)
@@ -340,10 +338,10 @@ class Predictor:
   def _check_gate(self):
     if self.router.uses_gate and not self._has_gate:
       raise ValueError(
-        'This checkpoint is from before Stage II, or a conversion: its gate is'
-        ' not trained. Choose a sub-network with predictor(images, subnet=k),'
-        ' train on, or, if the converted weights have a trained gate, convert'
-        ' them with --gate=trained.'
+        'This checkpoint is from before the end of Stage II, or a conversion:'
+        ' its gate is not trained. Choose a sub-network with predictor(images,'
+        ' subnet=k), train on, or, if the converted weights have a trained'
+        ' gate, convert them with --gate=trained.'
       )
 
   def _sub_network(self, index: int) -> models.Subnet:

@@ -5,9 +5,9 @@ from ds_jax.routing.budget import (
   CascadeDial,
   Dial,
   GateDial,
+  GateTarget,
   check_budget,
   gate_at_target,
-  utility_of,
 )
 from ds_jax.routing.dispatch import dispatch_images, tiled_dispatch
 from ds_jax.routing.outcomes import (
@@ -36,6 +36,7 @@ __all__ = [
   'CascadeDial',
   'Dial',
   'GateDial',
+  'GateTarget',
   'Network',
   'Outcomes',
   'Routed',
@@ -52,5 +53,4 @@ __all__ = [
   'right_answers',
   'route',
   'tiled_dispatch',
-  'utility_of',
 ]

@@ -7,6 +7,7 @@ it runs no network.
 Axes: M images held out, K buckets, C classes, R runs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -163,34 +164,45 @@ class CascadeDial:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class GateTarget:
+  """What a gate was trained for; the fields are those of `GateConfig`.
+
+  Attributes:
+    target: `sandwich` or `correctness`.
+    target_madds: what an image is to cost in the mean; None leaves the gate as
+      it was trained.
+  """
+
+  target: str = 'sandwich'
+  target_madds: float | None = None
+
+  @property
+  def utility(self) -> str:
+    """What the gate's utilities are; see `routers.Router`."""
+    return {'sandwich': 'logits', 'correctness': 'probability'}[self.target]
+
+
 def gate_at_target(
   outcomes: outcomes_lib.Outcomes | None,
   costs: outcomes_lib.BucketCosts,
-  *,
-  target: str,
-  target_madds: float | None,
+  gate_target: GateTarget,
 ) -> routers.Router:
   """Returns the gate as it routes unless it is told another budget.
 
   Args:
     outcomes: of images held out; None leaves the gate as it was trained.
     costs: of the buckets.
-    target: of `GateConfig`.
-    target_madds: of `GateConfig`; None leaves the gate as it was trained, and
-      so does, with a warning, a target that it can't keep.
+    gate_target: one that the gate can't keep leaves it as it was trained, with
+      a warning.
   """
-  utility = utility_of(target)
-  if outcomes is not None and target_madds is not None:
+  madds, utility = gate_target.target_madds, gate_target.utility
+  if outcomes is not None and madds is not None:
     try:
-      return GateDial(outcomes, costs, utility).router(target_madds)
+      return GateDial(outcomes, costs, utility).router(madds)
     except BudgetError as error:
       logging.warning('gate.target_madds is not kept. %s', error)
   return routers.gate_router(np.zeros(len(costs.branches)), utility)
-
-
-def utility_of(target: str) -> str:
-  """Returns what a gate's utilities are, by what it was trained for."""
-  return {'sandwich': 'logits', 'correctness': 'probability'}[target]
 
 
 def fit_learned_score(

@@ -1,4 +1,4 @@
-"""Between the stages: the batch-norm statistics of every sub-network.
+"""Between the phases: the batch-norm statistics of every sub-network.
 
 Weights are frozen. Every row of statistics becomes the mean over
 `num_batches` training batches of the batch's own mean and (unbiased) variance,

@@ -21,7 +21,7 @@ its bucket gives the image's label,
 
     loss = mean_k BCE(gate logit k, softmax(z_k)[label])
 
-and what to spend is settled afterwards, by a price on images that no stage has
+and what to spend is settled afterwards, by a price on images that no phase has
 seen (see `routing.budget`).
 """
 
@@ -41,7 +41,7 @@ class GateState:
   """What a step changes, and the frozen network beside it.
 
   Attributes:
-    network: the stage's result so far: the frozen network, with the moving
+    network: the phase's result so far: the frozen network, with the moving
       average of `head` as its slimming head.
     head: the slimming head in training.
     opt_state: Optax's.
@@ -74,7 +74,7 @@ class Gate:
     """Compiles nothing yet.
 
     Args:
-      config: the stage's numbers.
+      config: the phase's numbers.
       model: the supernet; its arrays are not used.
       normalize: uint8 images to the model's floats.
       image_size: for MAdds.

@@ -25,10 +25,10 @@ from ds_jax import (
 )
 from ds_jax import config as config_lib
 from ds_jax.train import metrics as metrics_lib
-from ds_jax.train import monitor, resume, stages, warm_start
+from ds_jax.train import monitor, phases, resume, warm_start
 
-# What a checkpoint past the last stage says it is; the second in format 1.
-_TRAINED = ('held_out', 'budget')
+# What a checkpoint past the last phase says it is.
+_TRAINED = 'held_out'
 
 
 class NonFiniteError(Exception):
@@ -44,12 +44,12 @@ class Position:
   """How far the schedule has come.
 
   Attributes:
-    stage: index into the stages; past the last of them, the network is trained
+    phase: index into the phases; past the last of them, the network is trained
       and the images held out are swept.
     step: how many steps of it are done.
   """
 
-  stage: int = 0
+  phase: int = 0
   step: int = 0
 
 
@@ -73,15 +73,15 @@ def train(config, workdir: str) -> evaluation.Results:
       logging.info('\n%s\n%s', run.overview(), run.choice())
     position, state = run.restore() or run.start()
     run.start_clock()
-    while position.stage < len(run.stages):
-      state = run.train_stage(position, state)
-      position = Position(position.stage + 1)
-      state = run.next_stage(position, state)
+    while position.phase < len(run.phases):
+      state = run.train_phase(position, state)
+      position = Position(position.phase + 1)
+      state = run.next_phase(position, state)
     return run.evaluate(state)
 
 
 def evaluate_only(config, workdir: str) -> evaluation.Results:
-  """Evaluates the workdir's newest checkpoint, at whatever stage it is.
+  """Evaluates the workdir's newest checkpoint, at whatever phase it is.
 
   Args:
     config: an experiment's `ConfigDict`, the saved run's.
@@ -110,7 +110,7 @@ class Trained:
 
   Attributes:
     network: the trained network.
-    outcomes: what its buckets and its gate say of images that no stage has
+    outcomes: what its buckets and its gate say of images that no phase has
       seen, from which budgets are set; None where none are held out.
   """
 
@@ -122,7 +122,7 @@ class Run:
   """An experiment in a workdir: the parts that `train` is made of."""
 
   def __init__(self, config, workdir: str):
-    """Builds the model and the stages, and opens the workdir.
+    """Builds the model and the phases, and opens the workdir.
 
     Raises:
       CheckpointError: if the workdir can't be written.
@@ -131,6 +131,9 @@ class Run:
     """
     self._workdir = _local_path(workdir)
     self._experiment = config_lib.Experiment.from_config(config)
+    self._gate_target = routing.GateTarget(
+      self._experiment.gate.target, self._experiment.gate.target_madds
+    )
     config = resume.flatten(dataclasses.asdict(self._experiment))
     hosts.check_same_run(
       {k: v for k, v in config.items() if k not in resume.FREE_FIELDS}
@@ -141,7 +144,7 @@ class Run:
       self._model = models.create_model(
         **{'seed': self._experiment.seed, **self._experiment.model}
       )
-      self.stages = stages.make_stages(
+      self.phases = phases.make_phases(
         self._experiment, self._model, self._executor
       )
       hosts.check_same_images(data.num_images(self._experiment.dataset))
@@ -163,7 +166,7 @@ class Run:
     )
     self._termination = hosts.Termination()
     # Read once, since it opens the train part of the data.
-    self._eval_every_steps = stages.eval_every_steps(self._experiment)
+    self._eval_every_steps = phases.eval_every_steps(self._experiment)
     self._clock = monitor.Clock()
     self._profile = monitor.Profile(self._experiment.monitor, self._workdir)
     self._watchdog = monitor.Watchdog(self._experiment.monitor.watchdog_seconds)
@@ -198,11 +201,11 @@ class Run:
     if part:
       return (
         f'The newest checkpoints are kept, and the best {keep_best} of Stage I'
-        f' by the images of the {part} part, which no stage trains on.'
+        f' by the images of the {part} part, which no phase trains on.'
       )
     return (
       'The newest checkpoints are kept, and none for being the best:'
-      f' checkpoint.keep_best={keep_best} chooses by images that no stage'
+      f' checkpoint.keep_best={keep_best} chooses by images that no phase'
       ' trains on, never by test images, and none are held out. To choose, set'
       ' dataset.budget_share.'
     )
@@ -212,85 +215,85 @@ class Run:
     self._clock.read()
 
   def start(self) -> tuple[Position, Any]:
-    """Returns the state before the first step of the first stage."""
+    """Returns the state before the first step of the first phase."""
     variables = warm_start.initial_variables(self._experiment, self._model)
-    return Position(), self.stages[0].init(variables)
+    return Position(), self.phases[0].init(variables)
 
   def restore(self) -> tuple[Position, Any] | None:
     """Returns where the last intact save left off; None if there is none."""
     restored = self._checkpointer.restore_latest()
     if restored is None:
       return None
-    if restored.meta['stage'] not in (*stages.NAMES, *_TRAINED):
+    if restored.meta['phase'] not in (*phases.NAMES, _TRAINED):
       raise config_lib.ConfigError(
         f'{checkpoint.directory_of(self._workdir)} holds a'
-        f' {restored.meta["stage"]} network, not a run; choose a new workdir.'
+        f' {restored.meta["phase"]} network, not a run; choose a new workdir.'
       )
     position = Position(**restored.meta['position'])
     resume.check_same_config(
       restored.meta['config'],
       dataclasses.asdict(self._experiment),
-      stages.NAMES[: position.stage + 1],
+      phases.NAMES[: position.phase + 1],
     )
     logging.info(
       'Resuming %s at step %d, from %s.',
-      restored.meta['stage'],
+      restored.meta['phase'],
       position.step,
       checkpoint.directory_of(self._workdir),
     )
     resume.warn_of_other_versions(restored.meta.get('versions', {}))
-    if restored.meta['stage'] in _TRAINED:
+    if restored.meta['phase'] == _TRAINED:
       network = models.variables_from(restored.tree['network'])
       outcomes = routing.images_held_out(restored.tree)
       return position, Trained(self._executor.put(network), outcomes)
     # `init` makes the structure; every array in it is replaced.
-    template = self.stages[position.stage].init(
+    template = self.phases[position.phase].init(
       models.variables_of(self._model)
     )
     state = serialization.from_state_dict(template, restored.tree)
     return position, self._executor.put(state)
 
-  def train_stage(self, position: Position, state: Any) -> Any:
-    """Runs the rest of a stage, and saves at its end at the latest.
+  def train_phase(self, position: Position, state: Any) -> Any:
+    """Runs the rest of a phase, and saves at its end at the latest.
 
     Args:
       position: where to begin.
-      state: the stage's state there; donated.
+      state: the phase's state there; donated.
 
     Returns:
-      The state at the stage's end.
+      The state at the phase's end.
     """
-    stage = self.stages[position.stage]
-    if position.step >= stage.num_steps:
+    phase = self.phases[position.phase]
+    if position.step >= phase.num_steps:
       return state
-    progress = _Progress(stage.num_steps, self._experiment.dataset.batch_size)
+    progress = _Progress(phase.num_steps, self._experiment.dataset.batch_size)
     with (
       contextlib.closing(self._train_batches(position)) as batches,
       self._termination,
     ):
-      for step in range(position.step, stage.num_steps):
+      for step in range(position.step, phase.num_steps):
         with self._clock.spent_on('data'):
           batch = next(batches)
-        done = Position(position.stage, step + 1)
+        done = Position(position.phase, step + 1)
         with self._profile.step(self._global_step(done) - 1):
-          state, scalars = stage.step(state, batch, step)
+          state, scalars = phase.step(state, batch, step)
           progress.add(scalars)
         self._watchdog.reset()
         self._after_step(done, state, progress)
     return state
 
-  def next_stage(self, position: Position, state: Any) -> Any:
-    """Returns the state where another stage begins, or the trained network.
+  def next_phase(self, position: Position, state: Any) -> Any:
+    """Returns the state where another phase begins, or the trained network.
 
     The outcomes of images held out are saved with that, so that a `Predictor`
     keeps budgets.
 
     Args:
-      position: the beginning of the stage.
-      state: at the end of the stage before.
+      position: the beginning of the phase.
+      state: at the end of the phase before.
     """
-    if position.stage < len(self.stages):
-      return self.stages[position.stage].init(state.network)
+    if position.phase < len(self.phases):
+      return self.phases[position.phase].init(state.network)
     if not self._experiment.dataset.budget_share:
       return Trained(state.network, None)
     with self._clock.spent_on('evaluate'):
@@ -302,7 +305,7 @@ class Run:
     right = outcomes.right.mean(0)
     self._writer.write(
       self._global_step(done),
-      _TRAINED[0],
+      _TRAINED,
       {'right/narrowest': float(right[0]), 'right/last': float(right[-1])},
     )
     self._save(done, trained)
@@ -311,16 +314,17 @@ class Run:
   def evaluate(self, state: Any) -> evaluation.Results:
     """Sweeps the test images; writes and prints the results."""
     image_size = self._experiment.dataset.image_size
-    gate = self._prediction_meta()['gate']
     held_out = getattr(state, 'outcomes', None)
     router = routing.gate_at_target(
-      held_out, routing.BucketCosts.of_model(self._model, image_size), **gate
+      held_out,
+      routing.BucketCosts.of_model(self._model, image_size),
+      self._gate_target,
     )
     results = evaluation.summarize(
       self._evaluator.sweep(state.network, self._eval_batches()),
       self._model,
       image_size,
-      gate=gate,
+      gate_target=self._gate_target,
       held_out=held_out,
       routed=self._evaluator.routed_sweep(
         state.network, router, self._eval_batches()
@@ -338,9 +342,9 @@ class Run:
     experiment = self._experiment
     # Read once: a signal may come at any moment.
     stops = self._termination.is_due(self._global_step(done))
-    ends = done.step == self.stages[done.stage].num_steps
+    ends = done.step == self.phases[done.phase].num_steps
     evaluates = (
-      stages.NAMES[done.stage] == 'supernet'
+      phases.NAMES[done.phase] == 'supernet'
       and (ends or done.step % self._eval_every_steps == 0)
       # Evaluation is skipped when preempted.
       and not stops
@@ -365,24 +369,24 @@ class Run:
     if stops:
       self._checkpointer.wait()
       raise Preempted(
-        f'SIGTERM: saved {stages.NAMES[done.stage]} at step {done.step};'
+        f'SIGTERM: saved {phases.NAMES[done.phase]} at step {done.step};'
         ' the same command resumes there.'
       )
 
   def _log(self, done: Position, progress: '_Progress') -> None:
     """Writes the scalars since the last row; they must all be finite."""
     scalars = progress.summary(done.step)
-    stage = stages.NAMES[done.stage]
+    phase = phases.NAMES[done.phase]
     bad = [k for k, v in scalars.items() if not math.isfinite(v)]
     if bad:
       raise NonFiniteError(
-        f'{stage} diverged by step {done.step}: {", ".join(bad)} not finite.'
+        f'{phase} diverged by step {done.step}: {", ".join(bad)} not finite.'
         ' The last checkpoint is from before; lower'
-        f' {stage}.optimizer.learning_rate or set'
-        f' {stage}.optimizer.clip_norm, in a new workdir.'
+        f' {phase}.optimizer.learning_rate or set'
+        f' {phase}.optimizer.clip_norm, in a new workdir.'
       )
     scalars |= {**self._clock.read(), **monitor.device_memory()}
-    self._writer.write(self._global_step(done), stage, scalars)
+    self._writer.write(self._global_step(done), phase, scalars)
 
   def _ends(self, done: Position, state) -> dict[str, float] | None:
     """Evaluates the narrowest and the widest; returns what may choose."""
@@ -392,8 +396,8 @@ class Run:
     )
     prefix = 'held_out' if part else 'test'
     scores = {f'{prefix}/{name}': value for name, value in top1.items()}
-    stage = stages.NAMES[done.stage]
-    self._writer.write(self._global_step(done), stage, scores)
+    phase = phases.NAMES[done.phase]
+    self._writer.write(self._global_step(done), phase, scores)
     return scores if part else None
 
   def _save(self, done: Position, state, scores=None) -> None:
@@ -402,7 +406,8 @@ class Run:
       serialization.to_state_dict(state),
       {
         'position': dataclasses.asdict(done),
-        'stage': (*stages.NAMES, *_TRAINED)[done.stage],
+        'phase': (*phases.NAMES, _TRAINED)[done.phase],
+        'has_gate': self._has_gate(done),
         'config': dataclasses.asdict(self._experiment),
         'versions': hosts.versions(),
         **self._prediction_meta(),
@@ -421,28 +426,25 @@ class Run:
       'interpolation': experiment.dataset.interpolation,
       'mean': mean,
       'std': std,
-      'gate': {
-        'target': experiment.gate.target,
-        'target_madds': experiment.gate.target_madds,
-      },
+      'gate_target': dataclasses.asdict(self._gate_target),
     }
 
   def _train_batches(self, position: Position):
-    experiment, stage = self._experiment, stages.NAMES[position.stage]
+    experiment, phase = self._experiment, phases.NAMES[position.phase]
     processes = dict(
       process_index=jax.process_index(), process_count=jax.process_count()
     )
     gate = experiment.gate
-    of_stage = {
+    of_phase = {
       'supernet': dict(num_views=2 if experiment.supernet.multi_view else 1),
       'calibrate': {},
       'gate': dict(part=gate.part, is_augmented=gate.is_augmented),
     }
     return data.train_batches(
       experiment.dataset,
-      **of_stage[stage],
-      # Every stage has an order of its own.
-      seed=experiment.seed * len(stages.NAMES) + position.stage,
+      **of_phase[phase],
+      # Every phase has an order of its own.
+      seed=experiment.seed * len(phases.NAMES) + position.phase,
       start_step=position.step,
       **processes,
     )
@@ -458,8 +460,13 @@ class Run:
       yield batch
 
   def _global_step(self, position: Position) -> int:
-    before = self.stages[: position.stage]
-    return sum(stage.num_steps for stage in before) + position.step
+    before = self.phases[: position.phase]
+    return sum(phase.num_steps for phase in before) + position.step
+
+  def _has_gate(self, position: Position) -> bool:
+    """Whether the last phase, the gate's, is over."""
+    last = Position(len(self.phases) - 1, self.phases[-1].num_steps)
+    return (position.phase, position.step) >= (last.phase, last.step)
 
 
 class _Progress:

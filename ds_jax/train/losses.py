@@ -1,4 +1,4 @@
-"""The losses of both stages, as pure functions.
+"""The losses of Stages I and II, as pure functions.
 
 Axes: N batch, C classes, K buckets. All arithmetic is float32.
 """

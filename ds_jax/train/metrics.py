@@ -32,26 +32,26 @@ class MetricWriter:
       return
     self._events = tensorboardX.SummaryWriter(str(workdir))
 
-  def write(self, step: int, stage: str, scalars: Mapping[str, float]) -> None:
+  def write(self, step: int, phase: str, scalars: Mapping[str, float]) -> None:
     """Writes one row.
 
     A step that is run again after a kill appears again; the later row counts.
 
     Args:
-      step: over all stages.
-      stage: becomes a prefix of the names in TensorBoard.
+      step: over all phases.
+      phase: becomes a prefix of the names in TensorBoard.
       scalars: name to value.
     """
     if self._file is None:
       return
-    row = {'step': step, 'stage': stage, **scalars}
+    row = {'step': step, 'phase': phase, **scalars}
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
     if self._events:
       for name, value in scalars.items():
-        self._events.add_scalar(f'{stage}/{name}', value, step)
+        self._events.add_scalar(f'{phase}/{name}', value, step)
     values = ', '.join(f'{k} {v:.4g}' for k, v in scalars.items())
-    logging.info('[%d] %s: %s', step, stage, values)
+    logging.info('[%d] %s: %s', step, phase, values)
 
   def close(self) -> None:
     """Writes out what is buffered."""

@@ -75,7 +75,7 @@ class Profile:
 
   @contextlib.contextmanager
   def step(self, number: int) -> Iterator[None]:
-    """Runs one step of the schedule inside, by its number over all stages."""
+    """Runs one step of the schedule inside, by its number over all phases."""
     config = self._config
     if number == config.profile_step:
       jax.profiler.start_trace(self._directory)

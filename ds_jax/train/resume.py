@@ -20,13 +20,13 @@ FREE_FIELDS = (
 def check_same_config(
   saved: Mapping[str, Any],
   given: Mapping[str, Any],
-  stages_begun: Sequence[str],
+  phases_begun: Sequence[str],
 ) -> None:
   """Raises ConfigError where a field that the saved arrays depend on differs.
 
-  Sections of stages that have not begun may still be changed.
+  Sections of phases that have not begun may still be changed.
   """
-  sections = ('seed', 'model', 'init', 'dataset', *stages_begun)
+  sections = ('seed', 'model', 'init', 'dataset', *phases_begun)
   # With the model's defaults, which need not stand in a config; and tuples as
   # lists, as in the saved one.
   saved, given = (

@@ -31,7 +31,7 @@ class SupernetState:
 
   Attributes:
     variables: the network in training.
-    network: its moving average: the teacher, and the stage's result so far.
+    network: its moving average: the teacher, and the phase's result so far.
     opt_state: Optax's.
   """
 
@@ -63,7 +63,7 @@ class Supernet:
     """Compiles nothing yet.
 
     Args:
-      config: the stage's numbers.
+      config: the phase's numbers.
       model: the supernet; its arrays are not used.
       normalize: uint8 images to the model's floats.
       num_steps: how long.

@@ -55,5 +55,5 @@ def _finetuned(experiment, workdir, model):
         ' it to that.'
       )
   variables = models.variables_from(restored.tree['network'])
-  sliced = restored.meta['stage'] != 'pretrained'
+  sliced = restored.meta['phase'] != 'pretrained'
   return convert.from_network(variables, model), sliced

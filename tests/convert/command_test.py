@@ -114,7 +114,7 @@ def test_a_gate_is_trained_where_it_is_said_to_be(tmp_path, gate):
     predictor.model.classifier.kernel[...], state['classifier.weight'].T
   )
   restored = checkpoint.restore(checkpoint.directory_of(tmp_path / 'run'))
-  assert restored.meta['stage'] == 'converted'
+  assert restored.meta['phase'] == 'converted'
 
 
 def test_a_network_without_a_gate_has_none_that_is_trained(tmp_path):

@@ -118,7 +118,7 @@ class HeldOutTest(parameterized.TestCase):
     with tempfile.TemporaryDirectory() as folder:
       folder = pathlib.Path(folder) / 'checkpoints'
       with checkpoint.Checkpointer(folder) as saver:
-        saver.save(3, tree, {'stage': 'held_out'})
+        saver.save(3, tree, {'phase': 'held_out'})
       restored = checkpoint.restore(folder)
     found = routing.images_held_out(restored.tree)
     for x, y in zip(*map(jax.tree.leaves, (found, self.outcomes)), strict=True):

@@ -39,7 +39,7 @@ class _TwoBuckets(_Model):
   routing_space = sub_networks = _subnets('first', 'last')
 
 
-AS_TRAINED = dict(target='sandwich', target_madds=None)
+AS_TRAINED = routing.GateTarget()
 
 
 def outcomes(right, gate_logits=None, scores=None):
@@ -101,7 +101,9 @@ class ResultsTest(parameterized.TestCase):
         scores=[5, 4, 3, 2, 1],
       )
     )
-    cls.results = evaluation.summarize(cls.sweep, _Model(), 8, gate=AS_TRAINED)
+    cls.results = evaluation.summarize(
+      cls.sweep, _Model(), 8, gate_target=AS_TRAINED
+    )
 
   def test_routed(self):
     routed = self.results['routed']
@@ -159,7 +161,9 @@ class ResultsTest(parameterized.TestCase):
     sweep = sweep_of(
       outcomes(RIGHT[::2], scores=[5, 4, 3, 2, 1]), has_widest=False
     )
-    results = evaluation.summarize(sweep, _TwoBuckets(), 8, gate=AS_TRAINED)
+    results = evaluation.summarize(
+      sweep, _TwoBuckets(), 8, gate_target=AS_TRAINED
+    )
     assert not any('ladder' in name for name in results['routers'])
     assert len(results['routers']) == 5
 
@@ -226,7 +230,9 @@ class HeldOutTest(parameterized.TestCase):
       scores=[0.4, 0.8, 1.2, 3.2, 3.6, 5, 6, 7, 8, 9],
     )
     of_test, of_held_out = (
-      evaluation.summarize(sweep, _Model(), 8, gate=AS_TRAINED, held_out=images)
+      evaluation.summarize(
+        sweep, _Model(), 8, gate_target=AS_TRAINED, held_out=images
+      )
       for images in (None, held_out)
     )
     assert of_test['budgets_set_on'] == 'test images'
@@ -253,9 +259,9 @@ class HeldOutTest(parameterized.TestCase):
     held_out = outcomes(np.ones((3, 2)), logits)
     sweep = sweep_of(outcomes([[0, 1], [1, 1], [1, 1]], logits))
     # Enough for one of the two.
-    gate = dict(target=target, target_madds=25)
+    target = routing.GateTarget(target, 25)
     routed = evaluation.summarize(
-      sweep, _Model(), 8, gate=gate, held_out=held_out
+      sweep, _Model(), 8, gate_target=target, held_out=held_out
     )['routed']
     assert routed['madds'] == 25
     assert routed['shares'] == [0.5, 0, 0.5]
@@ -264,8 +270,10 @@ class HeldOutTest(parameterized.TestCase):
   def test_without_images_held_out_the_gate_routes_as_it_was_trained(self):
     logits = [[0, -30, 2], [3, -30, 6]]
     sweep = sweep_of(outcomes(np.ones((3, 2)), logits))
-    gate = dict(target='sandwich', target_madds=25)
-    routed = evaluation.summarize(sweep, _Model(), 8, gate=gate)['routed']
+    target = routing.GateTarget('sandwich', 25)
+    routed = evaluation.summarize(sweep, _Model(), 8, gate_target=target)[
+      'routed'
+    ]
     assert routed['shares'] == [0, 0, 1]
 
 

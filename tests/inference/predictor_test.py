@@ -477,7 +477,7 @@ class BudgetTest(parameterized.TestCase):
   def test_without_a_budget_the_gate_keeps_its_target(self, target, share):
     dearest = self.trunk + self.branches[-1]
     madds = share and share * dearest
-    predictor = self.make(gate={'target': target, 'target_madds': madds})
+    predictor = self.make(gate_target=routing.GateTarget(target, madds))
     prediction = predictor(self.images)
     self.assert_answers(prediction, prediction.buckets)
     if share:
@@ -491,8 +491,10 @@ class BudgetTest(parameterized.TestCase):
     dearest = float(self.trunk + self.branches[-1])
     chosen = {}
     for target in ('sandwich', 'correctness'):
-      gate = {'target': target, 'target_madds': None}
-      predictor = self.make(gate=gate).with_budget(madds=0.9 * dearest)
+      gate_target = routing.GateTarget(target)
+      predictor = self.make(gate_target=gate_target).with_budget(
+        madds=0.9 * dearest
+      )
       chosen[target] = predictor(self.images).buckets
     shares = (self.branches - self.branches[0]) / np.ptp(self.branches)
     prices = np.linspace(-3, 3, 40001)[:, None, None]
@@ -550,9 +552,9 @@ class BudgetTest(parameterized.TestCase):
 
   def test_an_untrained_gate_routes_nothing_and_a_cascade_needs_none(self):
     predictor = self.make(has_gate=False)
-    with pytest.raises(ValueError, match='before Stage II'):
+    with pytest.raises(ValueError, match='before the end of Stage II'):
       predictor(self.images[:4])
-    with pytest.raises(ValueError, match='before Stage II'):
+    with pytest.raises(ValueError, match='before the end of Stage II'):
       predictor.with_budget(fraction=0.9)(self.images[:4])
     cascade = predictor.with_budget(fraction=0.9, router='cascade')
     assert cascade(self.images[:4]).logits.shape == (4, 3)
@@ -617,14 +619,14 @@ def test_restores_a_run_from_before_stage_ii(run, tmp_path):
   config, workdir, _ = run
   images, _ = part_of(config, 'test')
   early = checkpoint.restore(checkpoint.directory_of(workdir), step=3)
-  assert early.meta['stage'] == 'supernet'
+  assert early.meta['phase'] == 'supernet'
   with checkpoint.Checkpointer(
     checkpoint.directory_of(tmp_path / 'early')
   ) as saver:
     saver.save(3, early.tree, early.meta)
   predictor = ds_jax.Predictor.restore(tmp_path / 'early')
   assert predictor(images, subnet=0).logits.shape == (40, 3)
-  with pytest.raises(ValueError, match='before Stage II'):
+  with pytest.raises(ValueError, match='before the end of Stage II'):
     predictor(images)
 
 

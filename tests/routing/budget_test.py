@@ -366,9 +366,9 @@ class GateAtTargetTest(parameterized.TestCase):
   def test_spends_the_target_on_held_out_images(self, target, utility):
     outcomes = _trained_looking(600, 0)
     router = routing.gate_at_target(
-      outcomes, _COSTS, target=target, target_madds=600.0
+      outcomes, _COSTS, routing.GateTarget(target, 600.0)
     )
-    assert router.utility == routing.utility_of(target) == utility
+    assert router.utility == utility
     # One image more or less.
     spent = _spent(router, outcomes, _COSTS).mean()
     assert spent == pytest.approx(600, abs=1.4)
@@ -377,7 +377,7 @@ class GateAtTargetTest(parameterized.TestCase):
   def test_is_the_gate_as_trained_without_images_or_target(self, held, madds):
     outcomes = _trained_looking(600, 0)
     router = routing.gate_at_target(
-      outcomes if held else None, _COSTS, target='sandwich', target_madds=madds
+      outcomes if held else None, _COSTS, routing.GateTarget('sandwich', madds)
     )
     runs = routing.replay(router, outcomes)
     np.testing.assert_array_equal(runs[:, 0], outcomes.gate_logits.argmax(1))

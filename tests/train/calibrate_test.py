@@ -45,11 +45,11 @@ def calibrated(
     config_lib.ParallelConfig(executor), jax.devices()[:num_devices]
   )
   config = config_lib.CalibrateConfig(len(batches), momentum)
-  stage = calibrate.Calibrate(config, model, normalize, executor=executor)
-  assert stage.num_steps == len(batches)
-  state = stage.init(variables)
+  phase = calibrate.Calibrate(config, model, normalize, executor=executor)
+  assert phase.num_steps == len(batches)
+  state = phase.init(variables)
   for step, images in enumerate(batches):
-    state, _ = stage.step(state, {'images': images}, step)
+    state, _ = phase.step(state, {'images': images}, step)
   return state.network
 
 

@@ -77,7 +77,7 @@ def executor(num_devices, name='pjit', fsdp=1):
   return parallel.Executor(config, jax.devices()[:num_devices])
 
 
-def make_stage(
+def make_phase(
   name, executor, model, accumulation_steps=1, num_random=1, **gate_options
 ):
   sgd = config_lib.OptimizerConfig(learning_rate=0.1, weight_decay=1e-4)
@@ -104,11 +104,11 @@ def make_stage(
   raise ValueError(name)
 
 
-def train(stage, variables):
-  state, all_metrics = stage.init(variables), []
+def train(phase, variables):
+  state, all_metrics = phase.init(variables), []
   for step in range(NUM_STEPS):
     batch = make_batch(step)
-    state, metrics = stage.step(state, batch, step)
+    state, metrics = phase.step(state, batch, step)
     all_metrics.append(metrics)
   return state, all_metrics
 
@@ -142,17 +142,17 @@ class DevicesTest(parameterized.TestCase):
     assert jax.device_count() == 8
     cls.model = create_model()
     cls.variables = random_variables(cls.model)
-    cls.stages = {
-      (name, n): make_stage(name, executor(n), cls.model)
+    cls.phases = {
+      (name, n): make_phase(name, executor(n), cls.model)
       for name in STAGES
       for n in (1, 8)
     }
-    # Each stage starts where one device left the stage before.
+    # Each phase starts where one device left the phase before.
     start = cls.variables
     cls.starts, cls.runs = {}, {}
     for name in STAGES:
       cls.starts[name] = start
-      cls.runs[name] = {n: train(cls.stages[name, n], start) for n in (1, 8)}
+      cls.runs[name] = {n: train(cls.phases[name, n], start) for n in (1, 8)}
       start = jax.tree.map(np.asarray, cls.runs[name][1][0].network)
 
   @parameterized.parameters(*STAGES)
@@ -165,7 +165,7 @@ class DevicesTest(parameterized.TestCase):
     for array in jax.tree.leaves((state, all_metrics)):
       assert array.is_fully_replicated and len(array.devices()) == 8
 
-  def test_stages_changed_something(self):
+  def test_phases_changed_something(self):
     networks = [self.variables]
     names = ('supernet', 'calibrate', 'gate')
     networks += [self.runs[name][8][0].network for name in names]
@@ -181,8 +181,8 @@ class DevicesTest(parameterized.TestCase):
   # noise is drawn for that.
   @parameterized.parameters('calibrate', 'gate')
   def test_replicas_equal_one_device_but_in_stage_one(self, name):
-    stage = make_stage(name, executor(8, 'pmap'), self.model)
-    assert_near(train(stage, self.starts[name]), self.runs[name][1])
+    phase = make_phase(name, executor(8, 'pmap'), self.model)
+    assert_near(train(phase, self.starts[name]), self.runs[name][1])
 
   @parameterized.parameters(
     dict(balances_labels=True),
@@ -191,23 +191,23 @@ class DevicesTest(parameterized.TestCase):
   )
   def test_replicas_equal_one_device_with_every_loss(self, **options):
     one, many = (
-      train(make_stage('gate', e, self.model, **options), self.starts['gate'])
+      train(make_phase('gate', e, self.model, **options), self.starts['gate'])
       for e in (executor(1), executor(8, 'pmap'))
     )
     assert_near(many, one)
 
   @parameterized.parameters('supernet', 'calibrate', 'gate')
   def test_batch_that_does_not_divide_is_refused(self, name):
-    stage = self.stages[name, 8]
-    state = stage.init(self.variables)
+    phase = self.phases[name, 8]
+    state = phase.init(self.variables)
     with pytest.raises(ValueError, match='12 does not divide over 8 devices'):
-      stage.step(state, make_batch(0, size=12), 0)
+      phase.step(state, make_batch(0, size=12), 0)
 
   def test_micro_batch_that_does_not_divide_is_refused(self):
-    stage = make_stage('supernet', executor(8), self.model, 4)
-    state = stage.init(self.variables)
+    phase = make_phase('supernet', executor(8), self.model, 4)
+    state = phase.init(self.variables)
     with pytest.raises(ValueError, match='4 does not divide over 8 .*micro-ba'):
-      stage.step(state, make_batch(0), 0)
+      phase.step(state, make_batch(0), 0)
 
 
 class ReplicasTest(parameterized.TestCase):
@@ -223,9 +223,9 @@ class ReplicasTest(parameterized.TestCase):
       for k, v in make_batch(0, size=2).items()
     }
     one, many = (
-      stage.step(stage.init(random_variables(model)), batch, 0)[0]
-      for stage in (
-        make_stage('supernet', e, model)
+      phase.step(phase.init(random_variables(model)), batch, 0)[0]
+      for phase in (
+        make_phase('supernet', e, model)
         for e in (executor(1), executor(8, 'pmap'))
       )
     )
@@ -239,7 +239,7 @@ class ReplicasTest(parameterized.TestCase):
     """The published way: it is not what the global batch gives."""
     model = create_model(dropout_rate=0.0)
     one, many = (
-      train(make_stage('supernet', e, model), random_variables(model))[0]
+      train(make_phase('supernet', e, model), random_variables(model))[0]
       for e in (executor(1), executor(8, 'pmap'))
     )
     kernel = 'classifier/kernel'
@@ -289,8 +289,8 @@ class WithoutBatchNormTest(parameterized.TestCase):
 
   @classmethod
   def run_with(cls, executor, name):
-    stage = make_stage(name, executor, cls.model, num_random=0)
-    return train(stage, cls.variables)
+    phase = make_phase(name, executor, cls.model, num_random=0)
+    return train(phase, cls.variables)
 
   @parameterized.product(name=STAGES[::2], layout=(('pmap', 1), ('pjit', 8)))
   def test_replicas_and_shards_equal_one_device(self, name, layout):

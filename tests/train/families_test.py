@@ -1,4 +1,4 @@
-"""Every family trains in bfloat16, through all stages, and predicts."""
+"""Every family trains in bfloat16, through all phases, and predicts."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def make_batch():
   }
 
 
-def make_stages(model):
+def make_phases(model):
   executor = parallel.Executor(devices=jax.devices()[:1])
   adamw = config_lib.OptimizerConfig(
     name='adamw', learning_rate=1e-3, weight_decay=0.05, clip_norm=1.0
@@ -104,20 +104,20 @@ class FamilyTest(parameterized.TestCase):
   @parameterized.parameters(*MODELS)
   def test_trains_in_bfloat16_and_predicts(self, name, options):
     model = models.create_model(name, 3, dtype='bfloat16', **options)
-    stages, batch = make_stages(model), make_batch()
+    phases, batch = make_phases(model), make_batch()
     before = models.variables_of(model)
     slimming = {p for p in before.params if models.is_slimming(p)}
     variables = before
-    for stage in stages:
-      state = stage.init(variables)
+    for phase in phases:
+      state = phase.init(variables)
       # Two, since a residual branch that starts as zero passes nothing back.
-      for step in range(min(2, stage.num_steps)):
-        state, metrics = stage.step(state, batch, step)
-        assert all(np.isfinite(v) for v in metrics.values()), stage.name
+      for step in range(min(2, phase.num_steps)):
+        state, metrics = phase.step(state, batch, step)
+        assert all(np.isfinite(v) for v in metrics.values()), phase.name
       after = state.network
       assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype('float32')}
       moved = changed(variables.params, after.params)
-      if stage.name == 'supernet':
+      if phase.name == 'supernet':
         # Neither its gradient nor weight decay moves the gate, and every
         # sub-network's weights are trained.
         assert not moved & slimming

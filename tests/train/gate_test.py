@@ -62,7 +62,7 @@ def make_batch():
   return {'images': images, 'labels': labels}
 
 
-def make_stage(model, image_size=8, **config):
+def make_phase(model, image_size=8, **config):
   config = config_lib.GateConfig(
     num_epochs=1,
     optimizer=config_lib.OptimizerConfig(learning_rate=1.0, momentum=0.0),
@@ -113,7 +113,7 @@ def differences(function, x, step=1e-5):
 
 
 class GateTestCase(parameterized.TestCase):
-  """A stage, whose program is compiled once for a class."""
+  """A phase, whose program is compiled once for a class."""
 
   config = {}
   options = {}
@@ -127,14 +127,14 @@ class GateTestCase(parameterized.TestCase):
     cls.madds = np.asarray(
       [cls.model.cost(s, 8).madds for s in cls.model.routing_space], np.float64
     )
-    cls.stage = make_stage(cls.model, **cls.config)
+    cls.phase = make_phase(cls.model, **cls.config)
 
   def init(self, head=None):
     """The state, if need be with this slimming head."""
     params = dict(self.variables.params)
     if head is not None:
       params[HEAD] = jnp.asarray(head, jnp.float32)
-    return self.stage.init(self.variables.replace(params=params))
+    return self.phase.init(self.variables.replace(params=params))
 
 
 class LossTestCase(GateTestCase):
@@ -202,7 +202,7 @@ class LossTestCase(GateTestCase):
       return total + madds_term((mix @ self.madds).mean())
 
     gradient = differences(loss, head)
-    new, metrics = self.stage.step(state, self.batch, step)
+    new, metrics = self.phase.step(state, self.batch, step)
     found = head - np.asarray(new.head[HEAD])
     # Float32 against float64.
     atol = 1e-4 * np.abs(gradient).max()
@@ -255,7 +255,7 @@ class SquaredMaddsTest(LossTestCase):
   def test_only_the_head_changes(self):
     state = self.init()
     for step in range(3):
-      state, _ = self.stage.step(state, self.batch, step)
+      state, _ = self.phase.step(state, self.batch, step)
     for kind in ('params', 'batch_stats'):
       found, before = (
         getattr(v, kind) for v in (state.network, self.variables)
@@ -269,12 +269,12 @@ class SquaredMaddsTest(LossTestCase):
   # The decay is (1 + t) / (10 + t) while that is less than 0.6.
   @parameterized.parameters((0, 0.1), (5, 0.4), (50, 0.6))
   def test_network_holds_the_average_of_the_head(self, step, decay):
-    state, _ = self.stage.step(self.init(), self.batch, 0)
+    state, _ = self.phase.step(self.init(), self.batch, 0)
     before, average = (
       np.asarray(a[HEAD]) for a in (state.head, state.network.params)
     )
     assert (before != average).all()
-    state, _ = self.stage.step(state, self.batch, step)
+    state, _ = self.phase.step(state, self.batch, step)
     head = np.asarray(state.head[HEAD])
     expected = decay * average + (1 - decay) * head
     found = state.network.params[HEAD]
@@ -285,7 +285,7 @@ class SquaredMaddsTest(LossTestCase):
     for _ in range(2):
       state, all_metrics = self.init(), []
       for step in range(3):
-        state, metrics = self.stage.step(state, self.batch, step)
+        state, metrics = self.phase.step(state, self.batch, step)
         all_metrics.append(metrics)
       # States are donated; metrics and the caller's arrays are not.
       runs.append(jax.tree.map(np.array, (state, all_metrics, self.variables)))
@@ -330,7 +330,7 @@ class TargetTest(LossTestCase):
     assert self.madds[0] < self.TARGET < self.madds[-1]
     head = np.zeros((REDUCED, NUM_BUCKETS))
     head[:, bucket] = 10
-    state, metrics = self.stage.step(self.init(head), self.batch, 0)
+    state, metrics = self.phase.step(self.init(head), self.batch, 0)
     # All images go to this bucket, whatever the noise.
     assert metrics['madds'] == self.madds[bucket]
     excess = (self.madds[bucket] - self.TARGET) / self.madds[-1]
@@ -409,7 +409,7 @@ class CorrectnessTestCase(LossTestCase):
       path: differences(lambda x, p=path: loss_of({**head, p: x}), array)
       for path, array in head.items()
     }
-    new, metrics = self.stage.step(state, self.batch, 0)
+    new, metrics = self.phase.step(state, self.batch, 0)
     largest = max(np.abs(g).max() for g in gradient.values())
     assert new.head.keys() == gradient.keys()
     for path, expected in gradient.items():
@@ -457,7 +457,7 @@ class CorrectnessTest(CorrectnessTestCase):
       # A step donates its state.
       state = self.init().replace(price=jnp.float32(price))
       for step in range(2):
-        state, metrics = self.stage.step(state, self.batch, step)
+        state, metrics = self.phase.step(state, self.batch, step)
       assert state.price == metrics['price'] == price
       heads.append(np.asarray(state.head[HEAD]))
     np.testing.assert_array_equal(*heads)
@@ -470,7 +470,7 @@ class CorrectnessTest(CorrectnessTestCase):
     outputs = jnp.asarray(self.outputs, jnp.float32)
 
     def loss(logits):
-      return self.stage._correctness_loss(logits, outputs, self.batch['labels'])
+      return self.phase._correctness_loss(logits, outputs, self.batch['labels'])
 
     gradient, metrics = jax.grad(loss, has_aux=True)(logits)
     np.testing.assert_allclose(metrics['loss/correctness'], least, rtol=1e-5)
@@ -504,10 +504,10 @@ class LargeTest(parameterized.TestCase):
     madds = [model.cost(s, image_size).madds for s in model.routing_space]
     assert madds[0] > 2**31
     target = (madds[0] + madds[-1]) / 2
-    stage = make_stage(model, image_size, target_madds=target, price_rate=1.0)
+    phase = make_phase(model, image_size, target_madds=target, price_rate=1.0)
     for spent in madds:
       metrics = {'madds': jnp.float32(spent)}
-      price = stage._next_price(jnp.float32(0), metrics, 0)
+      price = phase._next_price(jnp.float32(0), metrics, 0)
       expected = (spent - target) / madds[-1]
       np.testing.assert_allclose(price, expected, rtol=1e-4)
 
@@ -517,7 +517,7 @@ class BfloatTest(GateTestCase):
   options = dict(dtype='bfloat16')
 
   def test_losses_are_finite_and_arrays_stay_float32(self):
-    state, metrics = self.stage.step(self.init(), self.batch, 0)
+    state, metrics = self.phase.step(self.init(), self.batch, 0)
     assert all(np.isfinite(value) for value in metrics.values())
     arrays = jax.tree.leaves((state.network, state.head, state.price))
     assert {array.dtype for array in arrays} == {jnp.dtype('float32')}
@@ -535,14 +535,14 @@ class RefusalTest(parameterized.TestCase):
   )
   def test_other_choices_are_refused(self, options, message):
     with pytest.raises(ValueError, match=message):
-      make_stage(create_model(), **options)
+      make_phase(create_model(), **options)
 
   @parameterized.parameters(-1, 1)
   def test_target_out_of_reach_is_refused(self, side):
     model = create_model()
     ends = [model.cost(model.routing_space[i], 8).madds for i in (0, -1)]
     for end in ends:
-      make_stage(model, target_madds=end)
+      make_phase(model, target_madds=end)
     target = ends[0] - 1 if side < 0 else ends[1] + 1
     with pytest.raises(ValueError, match='out of reach: the buckets cost'):
-      make_stage(model, target_madds=target)
+      make_phase(model, target_madds=target)

@@ -23,9 +23,9 @@ from ds_jax import (
   routing,
 )
 from ds_jax import config as config_lib
-from ds_jax.train import loop, stages
+from ds_jax.train import loop, phases
 
-_STAGES = ('supernet', 'calibrate', 'gate')
+_PHASES = ('supernet', 'calibrate', 'gate')
 
 
 @pytest.fixture(scope='module')
@@ -64,13 +64,13 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
   print(f'DS_JAX_KILL_SEED={seed}')
   draw = random.Random(seed)
   steps = [draw.randint(2, high) for high in (15, 20, 15)] + [1]
-  for stage, count in zip((*_STAGES, 'held_out'), steps, strict=True):
+  for phase, count in zip((*_PHASES, 'held_out'), steps, strict=True):
     process = command.Command(images, broken, held_out)
-    process.wait_for(stage, count)
+    process.wait_for(phase, count)
     process.send_signal(signal.SIGKILL)
     code, _ = process.finish()
     assert code == -signal.SIGKILL
-    assert command.rows(broken)[-1]['stage'] == stage, (
+    assert command.rows(broken)[-1]['phase'] == phase, (
       f'killed too late: {steps}'
     )
   code, output = command.Command(images, broken, held_out).finish()
@@ -80,7 +80,7 @@ def test_killed_in_every_stage_ends_bit_equal(images, tmp_path):
   expected = checkpoint.restore(checkpoint.directory_of(whole))
   found = checkpoint.restore(checkpoint.directory_of(broken))
   assert found.step == expected.step
-  assert found.meta['stage'] == 'held_out'
+  assert found.meta['phase'] == 'held_out'
   assert len(found.tree['outcomes']['right']) == 20
   jax.tree.map(np.testing.assert_array_equal, found.tree, expected.tree)
   results = [(d / 'results.json').read_text() for d in (whole, broken)]
@@ -170,11 +170,11 @@ def test_evaluate_mode_writes_the_same_results(finished):
 
 def test_metrics_have_a_row_for_each_step(finished):
   _, workdir, _ = finished
-  for stage, num_steps in zip(_STAGES, (40, 40, 40), strict=True):
-    rows = [r for r in command.rows(workdir) if r['stage'] == stage]
+  for phase, num_steps in zip(_PHASES, (40, 40, 40), strict=True):
+    rows = [r for r in command.rows(workdir) if r['phase'] == phase]
     assert sum('images_per_second' in row for row in rows) == num_steps
   names = {
-    n for r in command.rows(workdir) if r['stage'] == 'supernet' for n in r
+    n for r in command.rows(workdir) if r['phase'] == 'supernet' for n in r
   }
   assert {'loss/widest', 'loss/0', 'loss/1', 'test/top1/narrowest'} <= names
   assert not any(name.startswith('held_out') for name in names)
@@ -271,10 +271,10 @@ def test_labels_that_the_model_has_not(tmp_path, train, test, message):
   config.dataset.name = name
   parts = config_lib.Experiment.from_config(config)
   if message is None:
-    stages.check_dataset(parts)
+    phases.check_dataset(parts)
     return
   with pytest.raises(ValueError, match=message):
-    stages.check_dataset(parts)
+    phases.check_dataset(parts)
 
 
 def test_correctness_needs_to_know_what_to_spend(config, tmp_path):
@@ -341,7 +341,7 @@ def test_hosts_compare_how_many_images_they_have(config, tmp_path, monkeypatch):
 def test_training_in_a_converted_workdir_is_refused(config, tmp_path):
   directory = checkpoint.directory_of(tmp_path)
   with checkpoint.Checkpointer(directory) as saver:
-    saver.save(0, {'network': {'x': np.zeros(1)}}, {'stage': 'converted'})
+    saver.save(0, {'network': {'x': np.zeros(1)}}, {'phase': 'converted'})
   with pytest.raises(config_lib.ConfigError, match='holds a converted'):
     loop.train(config, tmp_path)
 
@@ -404,7 +404,7 @@ def test_a_step_opens_no_data(budgeted, tmp_path, monkeypatch):
     before = len(opened)
     after_step(run, done, state, progress)
     # What is evaluated is opened once for each evaluation.
-    at_steps.append((done.stage, len(opened) - before))
+    at_steps.append((done.phase, len(opened) - before))
 
   monkeypatch.setattr(data.sources, 'load_source', counted_load)
   monkeypatch.setattr(loop.Run, '_after_step', counted_step)
@@ -416,13 +416,13 @@ def test_a_step_opens_no_data(budgeted, tmp_path, monkeypatch):
 def test_every_image_held_out_is_swept_at_the_end(budgeted):
   config, workdir, results = budgeted
   restored = checkpoint.restore(checkpoint.directory_of(workdir))
-  # Three stages of two steps.
-  assert (restored.step, restored.meta['stage']) == (7, 'held_out')
+  # Three phases of two steps.
+  assert (restored.step, restored.meta['phase']) == (7, 'held_out')
   assert restored.tree.keys() == {'network', 'outcomes'}
   right = routing.images_held_out(restored.tree).right
   assert len(right) == 20
   assert results['budgets_set_on'] == 'held-out images'
-  (row,) = [r for r in command.rows(workdir) if r['stage'] == 'held_out']
+  (row,) = [r for r in command.rows(workdir) if r['phase'] == 'held_out']
   assert row['right/narrowest'] == pytest.approx(right[:, 0].mean(), rel=1e-6)
   assert row['right/last'] == pytest.approx(right[:, -1].mean(), rel=1e-6)
 
@@ -430,7 +430,7 @@ def test_every_image_held_out_is_swept_at_the_end(budgeted):
 def test_stage_one_is_evaluated_on_images_held_out(budgeted):
   config, workdir, _ = budgeted
   (row,) = [r for r in command.rows(workdir) if 'held_out/top1' in r]
-  assert (row['step'], row['stage']) == (2, 'supernet')
+  assert (row['step'], row['phase']) == (2, 'supernet')
   assert not any(name.startswith('test/') for name in row)
   model = models.create_model(**config.model)
   restored = checkpoint.restore(checkpoint.directory_of(workdir), 2)
@@ -509,7 +509,7 @@ def test_the_log_says_once_that_nothing_may_choose(finished, monkeypatch):
 
 @pytest.mark.parametrize('first_lost', [7, 6])
 def test_a_run_resumes_around_its_end_bit_equal(budgeted, tmp_path, first_lost):
-  """Before the images held out are swept, and in the stage before."""
+  """Before the images held out are swept, and in the phase before."""
   config, workdir, results = budgeted
   shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
   directory = pathlib.Path(checkpoint.directory_of(tmp_path))
@@ -553,9 +553,9 @@ def test_each_stage_s_order_is_that_of_runs_without_budgets(config, tmp_path):
   config.seed = 2
   dataset = config_lib.Experiment.from_config(config).dataset
   with loop.Run(config, tmp_path) as run:
-    for stage in range(3):
-      batches = run._train_batches(loop.Position(stage, 4))
-      expected = data.train_batches(dataset, seed=2 * 3 + stage, start_step=4)
+    for phase in range(3):
+      batches = run._train_batches(loop.Position(phase, 4))
+      expected = data.train_batches(dataset, seed=2 * 3 + phase, start_step=4)
       one, other = next(batches), next(expected)
       batches.close()
       expected.close()
@@ -576,8 +576,8 @@ def test_without_supernet_training_only_the_gate_changes(
     checkpoint.restore(checkpoint.directory_of(d)) for d in (trained, tmp_path)
   )
   # Two of calibration and five of the gate.
-  assert after.step == 2 + 5 and after.meta['stage'] == 'gate'
-  assert {row['stage'] for row in command.rows(tmp_path)} == {
+  assert after.step == 2 + 5 and after.meta['phase'] == 'gate'
+  assert {row['phase'] for row in command.rows(tmp_path)} == {
     'calibrate',
     'gate',
   }
@@ -630,7 +630,7 @@ def test_a_start_that_does_not_fit_is_refused(
     saver.save(
       0,
       {'network': {'params': {'x': np.zeros(2)}}},
-      {'stage': 'gate', 'model': {'name': 'ds_mobilenet_tiny'}},
+      {'phase': 'gate', 'model': {'name': 'ds_mobilenet_tiny'}},
     )
   (tmp_path / 'empty').mkdir()
   config.init = dict(checkpoint=str(tmp_path / checkpoint_name))

@@ -22,7 +22,7 @@ def test_rows_are_json_lines_and_reopening_appends(tmp_path):
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   assert rows[0] == {
-    'step': 3, 'stage': 'supernet', 'loss/widest': 0.5,
+    'step': 3, 'phase': 'supernet', 'loss/widest': 0.5,
     'images_per_second': 10.0,
   }  # fmt: skip
   assert [row['step'] for row in rows] == [3, 6, 3, 6]

@@ -23,9 +23,9 @@ def normalize(images):
   return images.astype(jnp.float32) / 64 - 2
 
 
-def make(stage, config, **options):
+def make(phase, config, **options):
   executor = parallel.Executor(devices=jax.devices()[:1])
-  return stage(
+  return phase(
     config, MODEL, normalize, num_steps=9, steps_per_epoch=9, seed=0,
     executor=executor, **options,
   )  # fmt: skip
@@ -114,10 +114,10 @@ def test_stage_ii_runs_the_trunk_once_and_nothing_backward():
   config = config_lib.GateConfig(
     num_epochs=1, optimizer=OPTIMIZER, target='correctness'
   )
-  stage = make(gate.Gate, config, image_size=8)
+  phase = make(gate.Gate, config, image_size=8)
   model = models.create_model(**micro.MODEL)
-  state = stage.init(models.variables_of(model))
-  found = products(stage._update_head, state, IMAGES, LABELS, jnp.int32(0))
+  state = phase.init(models.variables_of(model))
+  found = products(phase._update_head, state, IMAGES, LABELS, jnp.int32(0))
 
   def parts(variables, images):
     model = ARCHITECTURE.bind(variables)

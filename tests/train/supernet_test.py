@@ -57,7 +57,7 @@ def make_batch(size=8, seed=0):
   }
 
 
-def make_stage(model, **config):
+def make_phase(model, **config):
   config = config_lib.SupernetConfig(
     num_epochs=1,
     optimizer=config_lib.OptimizerConfig(
@@ -104,7 +104,7 @@ def assert_close(found, expected, tolerance=1e-5):
 class DrawTest(parameterized.TestCase):
   def test_depends_on_seed_and_step_alone(self):
     model = create_model(num_buckets=7)
-    one, other = (make_stage(model, num_random=2) for _ in range(2))
+    one, other = (make_phase(model, num_random=2) for _ in range(2))
     draws = [one.draw(step) for step in range(40)]
     assert [other.draw(step) for step in reversed(range(40))] == draws[::-1]
     other.seed = SEED + 1
@@ -112,7 +112,7 @@ class DrawTest(parameterized.TestCase):
 
   def test_draws_are_of_a_stream_that_no_library_changes(self):
     """Mersenne Twister's words, spelt out; so are the shuffles."""
-    stage = make_stage(create_model(num_buckets=7), num_random=2)
+    phase = make_phase(create_model(num_buckets=7), num_random=2)
     for step in range(1, 50):
       # Python seeds by the same key, which is this number's words.
       twister = random.Random(SEED + (step << 32))
@@ -123,14 +123,14 @@ class DrawTest(parameterized.TestCase):
           pass
         order[i], order[j] = order[j], order[i]
       expected = sorted(order[:2], reverse=True)
-      assert [s.index for s in stage.draw(step)] == expected
+      assert [s.index for s in phase.draw(step)] == expected
 
   @parameterized.parameters(0, 1, 3, 6)
   def test_neither_narrowest_nor_widest_nor_one_twice(self, num_random):
     model = create_model(num_buckets=7)
     between = set(model.routing_space[1:])
-    stage = make_stage(model, num_random=num_random)
-    drawn = [stage.draw(step) for step in range(60)]
+    phase = make_phase(model, num_random=num_random)
+    drawn = [phase.draw(step) for step in range(60)]
     assert all(len(d) == len(set(d)) == num_random for d in drawn)
     assert set().union(*drawn) == (between if num_random else set())
     # The wider first, so that a run does not depend on the order of drawing.
@@ -139,22 +139,22 @@ class DrawTest(parameterized.TestCase):
     )
 
   def test_all_are_as_likely(self):
-    stage = make_stage(create_model(num_buckets=7), num_random=2)
+    phase = make_phase(create_model(num_buckets=7), num_random=2)
     counts = np.zeros(7)
     for step in range(600):
-      for subnet in stage.draw(step):
+      for subnet in phase.draw(step):
         counts[subnet.index] += 1
     # Each in a third of the steps; five standard errors.
     error = 5 * np.sqrt(600 * (1 / 3) * (2 / 3))
     np.testing.assert_allclose(counts[1:], 200, rtol=0, atol=error)
 
   def test_with_replacement_all_pairs_are_as_likely(self):
-    stage = make_stage(
+    phase = make_phase(
       create_model(num_buckets=4), num_random=2, with_replacement=True
     )
     counts = np.zeros((4, 4))
     for step in range(900):
-      counts[tuple(s.index for s in stage.draw(step))] += 1
+      counts[tuple(s.index for s in phase.draw(step))] += 1
     # Pairs of different ones come in two orders, and the wider first.
     expected = 900 / 9 * (2 * np.tri(4, k=-1) + np.eye(4))
     expected[:, 0] = expected[0] = 0
@@ -164,10 +164,10 @@ class DrawTest(parameterized.TestCase):
 
   def test_with_replacement_one_is_enough(self):
     model = create_model(num_buckets=2)
-    stage = make_stage(model, num_random=3, with_replacement=True)
-    assert [s.index for s in stage.draw(0)] == [1, 1, 1]
+    phase = make_phase(model, num_random=3, with_replacement=True)
+    assert [s.index for s in phase.draw(0)] == [1, 1, 1]
     with pytest.raises(ValueError, match='num_random=3, but .* only 1 sub-net'):
-      make_stage(model, num_random=3)
+      make_phase(model, num_random=3)
 
   def test_last_bucket_is_not_drawn_where_it_is_the_widest(self):
     model = models.create_abstract_model(
@@ -177,18 +177,18 @@ class DrawTest(parameterized.TestCase):
       stages=(dict(widths=(4, 6, 8)),),
       gate_stage=0,
     )
-    stage = make_stage(model, num_random=1)
-    assert {stage.draw(step)[0].index for step in range(20)} == {1}
+    phase = make_phase(model, num_random=1)
+    assert {phase.draw(step)[0].index for step in range(20)} == {1}
     with pytest.raises(ValueError, match='num_random=2, but .* only 1 sub-net'):
-      make_stage(model, num_random=2)
+      make_phase(model, num_random=2)
 
   def test_too_many_random_sub_networks_are_refused(self):
     with pytest.raises(ValueError, match='num_random=3, but .* only 2 sub-net'):
-      make_stage(create_model(), num_random=3)
+      make_phase(create_model(), num_random=3)
 
 
 class SupernetTestCase(parameterized.TestCase):
-  """A stage, whose programs are compiled once for a class."""
+  """A phase, whose programs are compiled once for a class."""
 
   config = {}
   options = {}
@@ -199,7 +199,7 @@ class SupernetTestCase(parameterized.TestCase):
     cls.model = create_model(**cls.options)
     cls.subnets = (*cls.model.routing_space, cls.model.widest)
     cls.architecture = models.Architecture(cls.model)
-    cls.stage = make_stage(cls.model, **cls.config)
+    cls.phase = make_phase(cls.model, **cls.config)
     cls.variables = random_variables(cls.model)
     cls.teacher = random_variables(cls.model, seed=1)
     cls.batch = make_batch()
@@ -213,9 +213,9 @@ class SupernetTestCase(parameterized.TestCase):
     )
 
   def gradient(self, indices, key=None, batch=None):
-    batch = self.stage.executor.put_batch(batch or self.batch)
+    batch = self.phase.executor.put_batch(batch or self.batch)
     # The gradient is donated from pass to pass, the variables are not.
-    return self.stage.gradient(
+    return self.phase.gradient(
       self.variables,
       self.teacher,
       batch,
@@ -286,12 +286,12 @@ class BootstrappingTest(SupernetTestCase):
   # The decay is (1 + t) / (10 + t) while that is less than 0.9.
   @parameterized.parameters((0, 0.1), (2, 0.25), (80, 0.9), (1000, 0.9))
   def test_step_moves_the_weights_and_their_average(self, step, decay):
-    state = self.stage.init(self.variables)
-    state = state.replace(network=self.stage.executor.put(self.teacher))
+    state = self.phase.init(self.variables)
+    state = state.replace(network=self.phase.executor.put(self.teacher))
     key = jax.random.fold_in(jax.random.key(SEED), step)
     gradient, batch_stats, _ = self.gradient((2, 1), key)
     gradient = to_numpy(gradient)
-    new, metrics = self.stage.step(state, self.batch, step)
+    new, metrics = self.phase.step(state, self.batch, step)
     expected = {
       path: array - LEARNING_RATE * gradient[path]
       for path, array in self.variables.params.items()
@@ -316,10 +316,10 @@ class BootstrappingTest(SupernetTestCase):
     before = to_numpy(self.variables)
     runs = []
     for _ in range(2):
-      state, all_metrics = self.stage.init(self.variables), []
+      state, all_metrics = self.phase.init(self.variables), []
       for step in range(3):
         batch = make_batch(seed=step)
-        state, metrics = self.stage.step(state, batch, step)
+        state, metrics = self.phase.step(state, batch, step)
         all_metrics.append(metrics)
       # States are donated; metrics and the caller's arrays are not.
       runs.append(to_numpy((state, all_metrics)))
@@ -373,16 +373,16 @@ class AccumulationTest(SupernetTestCase):
   )
 
   def test_two_micro_batches_give_the_mean_of_their_gradients(self):
-    (drawn,) = self.stage.draw(0)
+    (drawn,) = self.phase.draw(0)
     halves = [
       {name: array[part] for name, array in self.batch.items()}
       for part in (slice(4), slice(4, 8))
     ]
     results = [to_numpy(self.gradient((drawn.index,), batch=h)) for h in halves]
-    state = self.stage.init(self.variables).replace(
-      network=self.stage.executor.put(self.teacher)
+    state = self.phase.init(self.variables).replace(
+      network=self.phase.executor.put(self.teacher)
     )
-    new, metrics = self.stage.step(state, self.batch, 0)
+    new, metrics = self.phase.step(state, self.batch, 0)
     expected = {
       path: array
       - LEARNING_RATE * (results[0][0][path] + results[1][0][path]) / 2
@@ -411,8 +411,8 @@ class BfloatTest(SupernetTestCase):
   options = dict(dtype='bfloat16')
 
   def test_losses_are_finite_and_arrays_stay_float32(self):
-    state = self.stage.init(self.variables)
-    state, metrics = self.stage.step(state, self.batch, 0)
+    state = self.phase.init(self.variables)
+    state, metrics = self.phase.step(state, self.batch, 0)
     assert all(np.isfinite(value) for value in metrics.values())
     arrays = jax.tree.leaves((state.variables, state.network))
     assert {array.dtype for array in arrays} == {jnp.dtype('float32')}

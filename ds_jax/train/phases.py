@@ -1,4 +1,4 @@
-"""The stages of a run, made of its experiment.
+"""The phases of a run, made of its experiment.
 
 Each is an object with `init(variables) -> state` and `step(state, batch, step)
 -> state, scalars`; what it makes of the network is `state.network`.
@@ -73,10 +73,10 @@ def eval_every_steps(experiment: config_lib.Experiment) -> int:
   return max(1, round(experiment.eval_every_epochs * epoch))
 
 
-def make_stages(
+def make_phases(
   experiment: config_lib.Experiment, model, executor: parallel.Executor
 ) -> tuple[supernet.Supernet, calibrate.Calibrate, gate.Gate]:
-  """Returns the stages, in the order of `NAMES`.
+  """Returns the phases, in the order of `NAMES`.
 
   Args:
     experiment: their numbers.
