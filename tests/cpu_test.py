@@ -47,10 +47,14 @@ def faults():
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 x = jnp.float32(1.5)
-for _ in range(3):
+found = []
+for _ in range(8):
   before = faults()
   jax.block_until_ready(run(x))
-print(faults() - before)
+  found.append(faults() - before)
+# The fewest: a small piece of something else, in between, may leave what a call
+# has freed too short for the next one, once in a while.
+print(min(found[2:]))
 """
 
 

@@ -12,14 +12,16 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
 from absl import logging
 
 from ds_jax.routing import outcomes as outcomes_lib
 from ds_jax.routing import router as routers
 
-# Of an interval of prices or thresholds: to a part in 10^12.
-_NUM_HALVINGS = 40
+# An interval of prices or thresholds is narrowed to a part in 10^12.
+_NUM_PLACES = 15
+_NUM_ROUNDS = 10
 # Of the budget: what a router may miss it by on the dial's own images.
 _TOLERANCE = 0.02
 
@@ -279,12 +281,17 @@ def _search(
   image would be on the edge, and go either way by how its scores are rounded.
   """
 
-  def spent(place):
-    return mean_madds(make(place), outcomes, costs)
+  def spent(places):
+    # As many as in a round, whatever is asked, so that one program will do.
+    asked = np.resize(places, _NUM_PLACES)
+    stacked = jax.tree.map(lambda *x: np.stack(x), *map(make, asked))
+    runs = outcomes_lib.replay_each(stacked, outcomes)
+    return costs.of_runs(runs).mean(-1)[: len(places)]
 
-  cheap, dear = _bisect(lambda place: spent(place) <= madds, interval)
-  nearest = min((cheap, dear), key=lambda place: abs(spent(place) - madds))
-  reached = spent(nearest)
+  ends = _narrowed(lambda places: spent(places) <= madds, interval)
+  nearest, reached = min(
+    zip(ends, spent(ends), strict=True), key=lambda end: abs(end[1] - madds)
+  )
   # One image more or less is as near as any router comes.
   step = np.ptp(costs.buckets) / len(outcomes)
   if abs(reached - madds) > _TOLERANCE * madds + step:
@@ -294,24 +301,26 @@ def _search(
       ' tell many images apart. Take another budget or router.'
     )
   ends = [
-    _bisect(lambda place: spent(place) == reached, (nearest, end))[0]
+    _narrowed(lambda places: spent(places) == reached, (nearest, end))[0]
     for end in interval
   ]
   return make(sum(ends) / 2)
 
 
-def _bisect(
-  holds: Callable[[float], bool], interval: tuple[float, float]
+def _narrowed(
+  holds: Callable[[np.ndarray], np.ndarray], interval: tuple[float, float]
 ) -> tuple[float, float]:
   """Returns two numbers close together, of which it holds at the first alone.
 
   It holds at one end of the interval, the first, and up to somewhere.
+
+  Args:
+    holds: of P numbers, to whether it holds at each.
+    interval: its ends.
   """
-  yes, no = interval
-  for _ in range(_NUM_HALVINGS):
-    middle = (yes + no) / 2
-    if holds(middle):
-      yes = middle
-    else:
-      no = middle
-  return yes, no
+  for _ in range(_NUM_ROUNDS):
+    places = np.linspace(*interval, _NUM_PLACES + 2)
+    # Those of the first number at which it does not hold, and the one before.
+    last = int(np.argmin([*holds(places[1:-1]), False]))
+    interval = places[last], places[last + 1]
+  return interval

@@ -77,11 +77,21 @@ def images_held_out(tree: Mapping[str, Any]) -> Outcomes | None:
 
 def replay(router: routers.Router, outcomes: Outcomes) -> np.ndarray:
   """Returns (N, R) int32, the buckets that the router would run; K for none."""
-  return np.asarray(_replay(router, outcomes.gate_logits, outcomes.confidence))
+  runs = _replay_one(router, outcomes.gate_logits, outcomes.confidence)
+  return np.asarray(runs)
 
 
-# Jitted, since a budget is found by asking some tens of routers.
-@jax.jit
+def replay_each(stacked: routers.Router, outcomes: Outcomes) -> np.ndarray:
+  """Returns (P, N, R) int32, as `replay` of each of P routers of one kind.
+
+  Args:
+    stacked: their arrays, with an axis of P before all others.
+    outcomes: of N images.
+  """
+  runs = _replay_each(stacked, outcomes.gate_logits, outcomes.confidence)
+  return np.asarray(runs)
+
+
 def _replay(router, gate_logits, confidence):
   images = jnp.arange(len(gate_logits))
 
@@ -93,6 +103,11 @@ def _replay(router, gate_logits, confidence):
 
   runs, _ = routers.walk(router, gate_logits, answers, lambda known: known)
   return runs
+
+
+# Jitted, since a budget is found by asking hundreds of routers.
+_replay_one = jax.jit(_replay)
+_replay_each = jax.jit(jax.vmap(_replay, (0, None, None)))
 
 
 def right_answers(runs: np.ndarray, outcomes: Outcomes) -> np.ndarray:
@@ -134,6 +149,6 @@ class BucketCosts:
     return self.trunk + self.branches
 
   def of_runs(self, runs: np.ndarray) -> np.ndarray:
-    """Returns (N,) int64: the trunk, and every branch in runs (N, R)."""
+    """Returns (...) int64: the trunk, and every branch in runs (..., R)."""
     branches = np.append(self.branches, 0)
-    return self.trunk + branches[runs].sum(1)
+    return self.trunk + branches[runs].sum(-1)

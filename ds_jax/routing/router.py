@@ -158,10 +158,10 @@ def gate_router(
     ValueError: for another utility.
   """
   validation.check_choice('utility', utility, UTILITIES)
-  offsets = jnp.asarray(offsets, jnp.float32)
+  offsets = np.asarray(offsets, np.float32)
   return Router(
     offsets,
-    jnp.zeros(0),
+    np.zeros(0, np.float32),
     runs=(tuple(range(len(offsets))),),
     utility=utility,
   )
@@ -188,8 +188,8 @@ def cascade_router(
   """
   check_cascade(num_buckets, ladder, score)
   return Router(
-    jnp.zeros(num_buckets),
-    jnp.asarray(thresholds, jnp.float32).reshape(len(ladder) - 1),
+    np.zeros(num_buckets, np.float32),
+    np.asarray(thresholds, np.float32).reshape(len(ladder) - 1),
     learned,
     runs=tuple((int(bucket),) for bucket in ladder),
     score=score,
