@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--batch_size', type=int, default=1)
   parser.add_argument('--platform', choices=PLATFORMS)
   parser.add_argument(
-    '--fraction', type=float, help='budget, of the dearest bucket'
+    '--fraction', type=float, help='budget, of the largest bucket'
   )
   parser.add_argument('--router', choices=('gate', 'cascade'), default='gate')
   parser.add_argument(

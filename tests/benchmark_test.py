@@ -160,12 +160,12 @@ def test_a_run_is_measured_whole(workdir, capsys):
   used = written['lists']['memory_bytes']
   assert (
     ratios['routed_over_widest_memory']
-    == used['routed'] / used['dearest bucket']
+    == used['routed'] / used['largest bucket']
   )
   # Those of the images and of all that the model has, at least.
   stored = sum(a.nbytes for a in jax.tree.leaves(models.variables_of(model)))
   assert used['routed'] > stored + 8 * 8 * 8 * 3
-  # Of the budgets, 40% and 60% of the dearest are below the narrowest's cost.
+  # Of the budgets, 40% and 60% of the largest are below the narrowest's cost.
   routers = {r.name: r.madds for r in rows if r.section == 'routers'}
   assert list(routers) == [
     'bucket 0', 'bucket 1', 'bucket 2', "the run's gate", 'gate at 80%',

@@ -165,8 +165,8 @@ def test_an_evaluation_has_all_and_routes_to_them(
   assert results['routed']['top1'] == right[chosen, np.arange(24)].mean()
   shares = [(chosen == k).mean() for k in BUCKETS]
   np.testing.assert_allclose(results['routed']['shares'], shares)
-  dearest = results['routers']['gate'][-1]
-  np.testing.assert_allclose(dearest['madds'], results['subnets'][2]['madds'])
+  largest = results['routers']['gate'][-1]
+  np.testing.assert_allclose(largest['madds'], results['subnets'][2]['madds'])
   assert f'0: {shares[0]:.1%}, 2: {shares[1]:.1%}' in evaluation.table(results)
 
 

@@ -91,7 +91,7 @@ def run(options: Options) -> dict[str, Any]:
     used = forward.memory(subject, max(options.batch_sizes))
     report.lists['memory_bytes'] = used
     report.ratios['routed_over_widest_memory'] = (
-      used['routed'] / used['dearest bucket']
+      used['routed'] / used['largest bucket']
     )
   if 'training' in options.sections:
     _measure_training(report, subject)

@@ -233,10 +233,10 @@ def dispatch_ratios(rows: Sequence[timing.Row]) -> dict[str, float]:
 def memory(subject: Subject, batch_size: int) -> dict[str, float]:
   """Returns bytes of compiled programs: arguments, results and temporaries."""
   images = subject.images(batch_size)
-  dearest = subject.own.costs.indices[-1]
+  largest = subject.own.costs.indices[-1]
   programs = {
     'routed': subject.shared.program(),
-    'dearest bucket': subject.shared.program(dearest),
+    'largest bucket': subject.shared.program(largest),
     'routed, own weights': subject.own.program(),
   }
   return {name: _bytes(p, images) for name, p in programs.items()}

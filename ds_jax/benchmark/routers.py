@@ -10,7 +10,7 @@ from ds_jax import checkpoint, data, inference, routing
 from ds_jax import config as config_lib
 from ds_jax.benchmark import timing
 
-# Shares of the dearest bucket's MAdds.
+# Shares of the largest bucket's MAdds.
 _BUDGETS = (0.4, 0.6, 0.8)
 _ROUTERS = ('gate', 'cascade')
 

@@ -54,7 +54,7 @@ def hull_corners(madds: np.ndarray, top1: np.ndarray) -> list[int]:
   """
   corners = [int(np.lexsort((-top1, madds))[0])]
   while (better := np.flatnonzero(top1 > top1[corners[-1]])).size:
-    # No bucket as cheap as the last corner is better, so these are dearer.
+    # No bucket as cheap as the last corner is better, so these are larger.
     slopes = (top1[better] - top1[corners[-1]]) / (
       madds[better] - madds[corners[-1]]
     )

@@ -10,7 +10,7 @@ from absl import logging
 from ds_jax.evaluation import analysis
 from ds_jax.evaluation.results import Results
 
-# Shares of the dearest bucket's MAdds that the table shows.
+# Shares of the largest bucket's MAdds that the table shows.
 _SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
@@ -65,17 +65,17 @@ def _subnet_lines(results):
 
 
 def _router_lines(results):
-  """Top-1, and the gain over the hull, at shares of the dearest's MAdds."""
-  dearest = _dearest(results)
+  """Top-1, and the gain over the hull, at shares of the largest's MAdds."""
+  largest = _largest(results)
   lines = [
-    "Top-1 % at a share of the dearest bucket's MAdds, and the gain over the"
+    "Top-1 % at a share of the largest bucket's MAdds, and the gain over the"
     f' hull; budgets set on the {results["budgets_set_on"]}.',
     ' ' * 22 + ''.join(f'{share:>14.0%}' for share in _SHARES),
   ]
   for name, points in results['routers'].items():
     cells = []
     for share in _SHARES:
-      near = [p for p in points if math.isclose(p['budget'], share * dearest)]
+      near = [p for p in points if math.isclose(p['budget'], share * largest)]
       cells.append(
         f'{100 * near[0]["top1"]:.2f} {100 * near[0]["gain"]:+.2f}'
         if near
@@ -85,7 +85,7 @@ def _router_lines(results):
   return lines
 
 
-def _dearest(results) -> float:
+def _largest(results) -> float:
   return max(row['madds'] for row in _buckets(results))
 
 
@@ -108,18 +108,18 @@ def plot(results: Results, path: pathlib.Path) -> None:
   # Imported here: an option.
   from matplotlib import figure
 
-  dearest = _dearest(results)
+  largest = _largest(results)
   canvas = figure.Figure(figsize=(8, 4), layout='constrained')
   axes = canvas.subplots()
   buckets = _buckets(results)
   _plot_static(
     axes,
-    np.array([row['madds'] / dearest for row in buckets]),
+    np.array([row['madds'] / largest for row in buckets]),
     np.array([100 * row['top1'] for row in buckets]),
   )
   for name, points in results['routers'].items():
     axes.errorbar(
-      [p['madds'] / dearest for p in points],
+      [p['madds'] / largest for p in points],
       [100 * p['top1'] for p in points],
       [100 * p['gain_error'] for p in points],
       label=name,
@@ -127,12 +127,12 @@ def plot(results: Results, path: pathlib.Path) -> None:
     )
   some = next(iter(results['routers'].values()))
   axes.plot(
-    [p['madds'] / dearest for p in some],
+    [p['madds'] / largest for p in some],
     [100 * p['oracle'] for p in some],
     'k:',
     label='oracle',
   )
-  axes.set_xlabel("mean MAdds, as a share of the dearest bucket's")
+  axes.set_xlabel("mean MAdds, as a share of the largest bucket's")
   axes.set_ylabel('top-1, %')
   canvas.legend(loc='outside right upper')
   canvas.savefig(path, dpi=120)

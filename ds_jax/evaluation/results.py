@@ -139,7 +139,7 @@ def _oracle(right, costs):
 
 
 def _router_rows(held_out, outcomes, costs, utility):
-  """Every router's points, at each twentieth of the dearest bucket's MAdds."""
+  """Every router's points, at each twentieth of the largest bucket's MAdds."""
   low, high = costs.buckets[0], costs.buckets[-1]
   steps = np.arange(1, 21) / 20 * high
   budgets = [float(low), *(m for m in steps if m > low)]

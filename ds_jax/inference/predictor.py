@@ -189,7 +189,7 @@ class Predictor:
 
     Args:
       madds: mean multiply-adds an image.
-      fraction: the same, as a share of the dearest bucket's.
+      fraction: the same, as a share of the largest bucket's.
       router: `gate` chooses one bucket; `cascade` runs the buckets of a ladder
         until one is sure.
       score: what a cascade is sure by: `probability`, `margin`, `entropy` or

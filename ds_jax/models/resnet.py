@@ -13,7 +13,7 @@ narrowest slices for every bucket. The gate reads the trunk's output: the
 residual stream has four times the inner channels to decide by, and the branch
 needs nothing else. Which stage: every bucket pays for the trunk and none gets
 more than its narrowest slices there, so the later the gate, the closer the
-cheapest and the dearest bucket move together. In ResNet-50 a gate after the
+cheapest and the largest bucket move together. In ResNet-50 a gate after the
 first stage leaves buckets of 1.2 to 3.4 G MAdds.
 
 The slice lists are ours: those of the paper's DS-ResNet-50 are not public.

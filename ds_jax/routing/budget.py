@@ -51,7 +51,7 @@ class GateDial:
   them is right more often at the same cost.
 
   Attributes:
-    limits: the costs of the cheapest and the dearest bucket.
+    limits: the costs of the cheapest and the largest bucket.
   """
 
   def __init__(

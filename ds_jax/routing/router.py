@@ -1,7 +1,7 @@
 """Routers: which buckets run for an image.
 
 A router picks an image's first bucket from the gate's logits. Once that has
-run, the image stops or goes on to a dearer bucket, by how confident the answer
+run, the image stops or goes on to a larger bucket, by how confident the answer
 is; every bucket starts from the trunk's features, which are there already.
 
 Axes: N images, K buckets, C classes, R runs that an image has at most.

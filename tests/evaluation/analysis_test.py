@@ -237,7 +237,7 @@ class MeasureTest(parameterized.TestCase):
     assert point.gain == pytest.approx(0, abs=1e-15)
     assert point.captured is None
 
-  def test_a_cascade_that_spends_past_the_dearest_is_held_against_it(self):
+  def test_a_cascade_that_spends_past_the_largest_is_held_against_it(self):
     right = _random_right(40)
     runs = np.tile([0, 2], (40, 1))
     point = analysis.measure(runs, 0, _outcomes(right), _COSTS)

@@ -88,7 +88,7 @@ class TableTest(parameterized.TestCase):
   def test_sub_networks_and_what_the_gate_makes_of_them(self, name, words):
     assert row(self.text, name) == words
 
-  def test_routers_at_shares_of_the_dearest_bucket(self):
+  def test_routers_at_shares_of_the_largest_bucket(self):
     # Not of the widest network, which is no bucket.
     shares = row(self.text, '20%')
     assert shares == ['30%', '40%', '50%', '60%', '80%', '100%']

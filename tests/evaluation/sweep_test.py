@@ -167,7 +167,7 @@ class ResultsTest(parameterized.TestCase):
     assert not any('ladder' in name for name in results['routers'])
     assert len(results['routers']) == 5
 
-  def test_budgets_are_the_cheapest_and_each_twentieth_of_the_dearest(self):
+  def test_budgets_are_the_cheapest_and_each_twentieth_of_the_largest(self):
     for name, points in self.results['routers'].items():
       # A twentieth is 2 MAdds, and the cheapest costs 10.
       found = [point['budget'] for point in points]
@@ -213,7 +213,7 @@ class ResultsTest(parameterized.TestCase):
     for name, value in expected.items():
       np.testing.assert_allclose(point[name], value, rtol=1e-9, err_msg=name)
 
-  def test_a_gate_s_budget_ends_at_the_cheapest_and_the_dearest(self):
+  def test_a_gate_s_budget_ends_at_the_cheapest_and_the_largest(self):
     points = points_of(self.results, 'gate')
     for madds, top1 in ((10, 0.4), (40, 0.6)):
       assert points[madds]['madds'] == madds

@@ -318,11 +318,11 @@ class BudgetTest(parameterized.TestCase):
 
   @parameterized.parameters(0.84, 0.9, 0.96)
   def test_gate_keeps_a_budget_by_a_price(self, fraction):
-    dearest = self.trunk + self.branches[-1]
-    assert self.trunk + self.branches[0] < 0.8 * dearest
+    largest = self.trunk + self.branches[-1]
+    assert self.trunk + self.branches[0] < 0.8 * largest
     prediction = self.predictor.with_budget(fraction=fraction)(self.images)
     self.assert_answers(prediction, prediction.buckets)
-    self.assert_spends(prediction, fraction * dearest)
+    self.assert_spends(prediction, fraction * largest)
     np.testing.assert_array_equal(
       prediction.madds, self.trunk + self.branches[prediction.buckets]
     )
@@ -475,8 +475,8 @@ class BudgetTest(parameterized.TestCase):
     ('sandwich', None), ('sandwich', 0.85), ('correctness', 0.85)
   )
   def test_without_a_budget_the_gate_keeps_its_target(self, target, share):
-    dearest = self.trunk + self.branches[-1]
-    madds = share and share * dearest
+    largest = self.trunk + self.branches[-1]
+    madds = share and share * largest
     predictor = self.make(gate_target=routing.GateTarget(target, madds))
     prediction = predictor(self.images)
     self.assert_answers(prediction, prediction.buckets)
@@ -488,12 +488,12 @@ class BudgetTest(parameterized.TestCase):
 
   def test_a_gate_of_correctness_weighs_probabilities(self):
     """Which are other choices at the same cost than those of the logits."""
-    dearest = float(self.trunk + self.branches[-1])
+    largest = float(self.trunk + self.branches[-1])
     chosen = {}
     for target in ('sandwich', 'correctness'):
       gate_target = routing.GateTarget(target)
       predictor = self.make(gate_target=gate_target).with_budget(
-        madds=0.9 * dearest
+        madds=0.9 * largest
       )
       chosen[target] = predictor(self.images).buckets
     shares = (self.branches - self.branches[0]) / np.ptp(self.branches)

@@ -224,7 +224,7 @@ class ModelBudgetTest(parameterized.TestCase):
 
 class LimitsTest(parameterized.TestCase):
   @parameterized.parameters('logits', 'probability')
-  def test_a_gates_ends_send_all_to_the_cheapest_and_the_dearest(self, utility):
+  def test_a_gates_ends_send_all_to_the_cheapest_and_the_largest(self, utility):
     outcomes, others = _trained_looking(600, 0), _trained_looking(600, 1)
     # Far from all that the dial was set on.
     others = others.replace(gate_logits=100 * others.gate_logits)

@@ -343,7 +343,7 @@ class RulesTest(parameterized.TestCase):
     ]
     assert chosen[0] != chosen[1]
 
-  def test_after_the_gate_an_image_goes_on_to_dearer_buckets_alone(self):
+  def test_after_the_gate_an_image_goes_on_to_larger_buckets_alone(self):
     offsets, (threshold,) = (0.0,) * 3, self.thresholds('margin', (1,), 0.6)
     router = routers.Router(
       jnp.asarray(offsets), jnp.asarray([threshold]), runs=((0, 1, 2), (2,))
