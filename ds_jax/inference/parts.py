@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from ds_jax import models, routing
-from ds_jax.inference import hoist
+from ds_jax.inference import preparation
 
 Weights = Any
 
@@ -139,13 +139,13 @@ class PreparedParts(Parts):
   def __init__(self, model, normalize, image_size, platform=None):
     """See `Parts`."""
     super().__init__(model, normalize, image_size, platform)
-    self._splits: dict[Any, hoist.Split] = {}
+    self._splits: dict[Any, preparation.Split] = {}
 
   def prepare(self, variables):
     """See `Parts`; by the names of the parts.
 
     Raises:
-      HoistError: where this JAX does not allow it.
+      PreparationError: where this JAX does not allow it.
     """
     size = self._image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
@@ -187,7 +187,7 @@ class PreparedParts(Parts):
     key = part, x.shape, x.dtype
     if key not in self._splits:
       compute = functools.partial(self._compute, part)
-      self._splits[key] = hoist.split(compute, self._variables, x)
+      self._splits[key] = preparation.split(compute, self._variables, x)
     return self._splits[key]
 
 
@@ -208,7 +208,7 @@ def make_parts(
     parts = PreparedParts(model, normalize, image_size)
     try:
       return parts, parts.prepare(variables)
-    except hoist.HoistError as error:
+    except preparation.PreparationError as error:
       logging.warning('Weights are sliced in every call: %s', error)
   parts = SharedParts(model, normalize, image_size)
   return parts, parts.prepare(variables)

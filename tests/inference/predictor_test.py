@@ -192,8 +192,12 @@ class PredictorTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('jax.experimental.layout.Layout', 'Kernels are not laid out', 'gpu'),
-    ('ds_jax.inference.hoist.core.jaxpr_as_fun', 'sliced in every call', 'cpu'),
-    ('ds_jax.inference.hoist.core', 'sliced in every call', 'cpu'),
+    (
+      'ds_jax.inference.preparation.core.jaxpr_as_fun',
+      'sliced in every call',
+      'cpu',
+    ),
+    ('ds_jax.inference.preparation.core', 'sliced in every call', 'cpu'),
   )
   def test_a_jax_without_what_makes_it_faster_gives_the_same(
     self, name, warning, backend

@@ -7,7 +7,7 @@ import pytest
 
 import micro
 from ds_jax import models
-from ds_jax.inference import hoist
+from ds_jax.inference import preparation
 
 
 def test_what_needs_the_weights_alone_is_computed_once():
@@ -22,7 +22,7 @@ def test_what_needs_the_weights_alone_is_computed_once():
     'c': rng.normal(size=4),
   }
   x = jax.ShapeDtypeStruct((3,), jnp.float32)
-  split = hoist.split(function, weights, x)
+  split = preparation.split(function, weights, x)
   prepared = jax.jit(split.prepare)(weights)
   # A number, the kernel as it is, and the one vector.
   assert [np.shape(array) for array in prepared] == [(3, 2), (), (2,)]
@@ -40,7 +40,7 @@ def test_an_error_of_the_function_is_its_own():
 
   x = jax.ShapeDtypeStruct((3,), jnp.float32)
   with pytest.raises(TypeError, match='dot_general'):
-    hoist.split(function, np.zeros((4, 2), np.float32), x)
+    preparation.split(function, np.zeros((4, 2), np.float32), x)
 
 
 def test_prepared_weights_serve_every_batch_size():
@@ -53,10 +53,10 @@ def test_prepared_weights_serve_every_batch_size():
     return architecture.bind(variables)(x, subnet)
 
   one = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
-  split = hoist.split(run, variables, one)
+  split = preparation.split(run, variables, one)
   prepared = jax.jit(split.prepare)(variables)
   x = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
-  split = hoist.split(run, variables, x)
+  split = preparation.split(run, variables, x)
   logits = jax.jit(split.run)(prepared, x)
   expected = jax.jit(run)(variables, x)
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
@@ -74,7 +74,7 @@ def test_no_slice_of_a_weight_is_left(name):
   def run(variables, x):
     return architecture.bind(variables)(x, model.narrowest)
 
-  split = hoist.split(run, variables, x)
+  split = preparation.split(run, variables, x)
   prepared = jax.eval_shape(split.prepare, variables)
   narrow = model.cost(model.narrowest, 224).params
   size = sum(array.size for array in prepared)

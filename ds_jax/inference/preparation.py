@@ -31,7 +31,7 @@ Pytree = Any
 _STAY = ('broadcast_in_dim', 'platform_index')
 
 
-class HoistError(Exception):
+class PreparationError(Exception):
   """This JAX traces to something else than what can be cut here."""
 
 
@@ -62,7 +62,7 @@ def split(
     x: the input, arrays or `jax.ShapeDtypeStruct`s.
 
   Raises:
-    HoistError: if jaxprs are not as they are in JAX 0.10 to 0.12, which no
+    PreparationError: if jaxprs are not as they are in JAX 0.10 to 0.12, which no
       release promises.
   """
   closed = jax.make_jaxpr(function)(weights, x)
@@ -70,7 +70,7 @@ def split(
     return _cut(closed, len(jax.tree.leaves(weights)))
   # Which one depends on what changed.
   except Exception as error:
-    raise HoistError(
+    raise PreparationError(
       f'JAX {jax.__version__}: {type(error).__name__}: {error}'
     ) from error
 
