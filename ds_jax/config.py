@@ -452,8 +452,8 @@ class Experiment:
     if self.gate.target == 'correctness' and targets == (None, None):
       raise ValueError(
         "gate.target='correctness' needs gate.target_madds or"
-        ' gate.target_fraction: the mean MAdds that a Predictor spends unless it'
-        ' is told another budget.'
+        ' gate.target_fraction: the mean MAdds that a Predictor spends unless'
+        ' it is told another budget.'
       )
     if self.gate.target == 'correctness' and not self.dataset.budget_share:
       raise ValueError(

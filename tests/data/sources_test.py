@@ -28,7 +28,16 @@ def encoded(image: Image.Image, file_format: str) -> bytes:
   return content.getvalue()
 
 
-def write_tfds_copy(data_dir, name, version, splits, encoding, num_classes):
+def write_tfds_copy(
+  data_dir,
+  name,
+  version,
+  splits,
+  encoding,
+  num_classes,
+  keys=('image', 'label'),
+  **features,
+):
   """Writes splits of (encoded image, label) as TFDS itself would.
 
   Returns the copy's folder.
@@ -44,8 +53,9 @@ def write_tfds_copy(data_dir, name, version, splits, encoding, num_classes):
     ),
     features=tfds.features.FeaturesDict(
       {
-        'image': tfds.features.Image(encoding_format=encoding),
-        'label': tfds.features.ClassLabel(num_classes=num_classes),
+        keys[0]: tfds.features.Image(encoding_format=encoding),
+        keys[1]: tfds.features.ClassLabel(num_classes=num_classes),
+        **features,
       }
     ),
   )
@@ -56,7 +66,7 @@ def write_tfds_copy(data_dir, name, version, splits, encoding, num_classes):
   writer.initialize_splits(list(splits))
   for split, examples in splits.items():
     for image, label in examples:
-      example = {'image': io.BytesIO(image), 'label': label}
+      example = {keys[0]: io.BytesIO(image), keys[1]: label}
       writer.add_examples({split: [example]})
   writer.close_all()
   return folder
@@ -201,6 +211,10 @@ class TfdsTest(parameterized.TestCase):
       data.load_source('cifar10', 'train', self.data_dir)
     assert str(folder) in str(error.value)
     assert '--file_format=array_record' in str(error.value)
+    assert (
+      f'tfds convert_format --dataset_version_dir={folder}'
+      ' --out_file_format=array_record --out_dir=DIR/cifar10/3.0.2'
+    ) in str(error.value)
 
   def test_unfinished_copy_is_not_read(self):
     folder = write_cifar10(self.data_dir, self.images)
@@ -217,6 +231,186 @@ class TfdsTest(parameterized.TestCase):
       data.DatasetNotFoundError, match="no split 'validation'"
     ):
       data.load_source('imagenet2012', 'test', self.data_dir)
+
+
+class TestAnyTfds:
+  @pytest.fixture(autouse=True)
+  def copy(self, tmp_path):
+    self.data_dir = str(tmp_path)
+    self.colours = [(40 * i, 7, 200 - 40 * i) for i in range(5)]
+    self.examples = [
+      (encoded(Image.new('RGB', (6, 5), colour), 'PNG'), i % 3)
+      for i, colour in enumerate(self.colours)
+    ]
+
+  def write(self, splits, name='birds/small', version='1.2.0'):
+    write_tfds_copy(
+      self.data_dir, name, version, splits, 'png', 3, ('photo', 'species')
+    )
+
+  @pytest.mark.parametrize('name', ['birds/small', 'birds/small:1.2.0'])
+  @pytest.mark.parametrize('test', ['test', 'validation'])
+  def test_image_and_label_are_found_by_their_features(self, name, test):
+    self.write({'train': self.examples[:3], test: self.examples[3:]})
+    for split, start, size in (('train', 0, 3), ('test', 3, 2)):
+      source = data.load_source(f'tfds:{name}', split, self.data_dir)
+      assert len(source) == size
+      for i in range(size):
+        pixels = np.asarray(source[i]['image'])
+        assert pixels.shape == (5, 6, 3)
+        assert tuple(pixels[0, 0]) == self.colours[start + i]
+        assert source[i]['label'] == (start + i) % 3
+    info = sources.dataset_info(f'tfds:{name}', self.data_dir)
+    assert info.class_names == ('0', '1', '2') and info.num_classes == 3
+
+  def test_another_version_is_not_taken(self):
+    self.write({'train': self.examples, 'test': self.examples})
+    with pytest.raises(data.DatasetNotFoundError, match='small/2.0.0/dataset_'):
+      data.load_source('tfds:birds/small:2.0.0', 'train', self.data_dir)
+
+  def test_a_set_without_a_test_split_is_split(self):
+    self.write({'train': self.examples * 20})
+    sizes = {}
+    for split in ('train', 'test'):
+      source = data.load_source('tfds:birds/small', split, self.data_dir)
+      sizes[split] = len(source)
+      assert source.class_names == ('0', '1', '2')
+    assert sizes['train'] + sizes['test'] == 100 and 8 < sizes['test'] < 33
+
+  def test_a_set_of_two_images_is_refused(self):
+    write_tfds_copy(
+      self.data_dir, 'pairs', '1.0.0', {'train': []}, 'png', 3,
+      other=tfds.features.Image(encoding_format='png'),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match='expected one image and one class'):
+      data.load_source('tfds:pairs', 'train', self.data_dir)
+
+
+class TestHuggingFace:
+  def write(self, folder, splits, **columns):
+    import datasets as hf
+
+    features = hf.Features(
+      {
+        'img': hf.Image(),
+        'kind': hf.ClassLabel(names=['cat', 'dog']),
+        **columns,
+      }
+    )
+    hf.DatasetDict(
+      {
+        split: hf.Dataset.from_dict(
+          {
+            'img': [
+              {'bytes': encoded(Image.new('RGB', (6, 5), (i, 7, 9)), 'PNG')}
+              for i in rows
+            ],
+            'kind': [i % 2 for i in rows],
+            **{name: [None] * len(rows) for name in columns},
+          },
+          features=features,
+        )
+        for split, rows in splits.items()
+      }
+    ).save_to_disk(str(folder))
+
+  def test_image_and_label_are_found_by_their_features(self, tmp_path):
+    self.write(tmp_path, {'train': range(5), 'validation': range(5, 8)})
+    for split, start, size in (('train', 0, 5), ('test', 5, 3)):
+      source = data.load_source(f'hf:{tmp_path}', split)
+      assert len(source) == size
+      for i in range(size):
+        example = source[i]
+        assert tuple(np.asarray(example['image'])[0, 0]) == (start + i, 7, 9)
+        assert example['label'] == (start + i) % 2
+    info = sources.dataset_info(f'hf:{tmp_path}')
+    assert info.class_names == ('cat', 'dog')
+
+  def test_one_split_is_split(self, tmp_path):
+    self.write(tmp_path, {'train': range(100)})
+    train, test = (
+      data.load_source(f'hf:{tmp_path}', split, test_share=0.5)
+      for split in ('train', 'test')
+    )
+    assert len(train) + len(test) == 100 and 30 < len(test) < 70
+    assert train.class_names == ('cat', 'dog')
+
+  def test_a_set_of_two_images_is_refused(self, tmp_path):
+    import datasets as hf
+
+    self.write(tmp_path, {'train': range(2)}, other=hf.Image())
+    with pytest.raises(ValueError, match=r"columns \['img', 'other'\] and the"):
+      data.load_source(f'hf:{tmp_path}', 'train')
+
+  def test_what_is_not_there_or_not_installed_is_said(
+    self, tmp_path, monkeypatch
+  ):
+    with pytest.raises(data.DatasetNotFoundError, match='save_to_disk'):
+      data.load_source(f'hf:{tmp_path}', 'train')
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(ImportError, match=r"pip install -e '.\[hf\]'"):
+      data.load_source(f'hf:{tmp_path}/other', 'train')
+
+
+_OWN = """
+import numpy as np
+
+class Source:
+  class_names = ('low', 'high')
+
+  def __init__(self, split):
+    self.start = {'train': 0, 'test': 100}[split]
+
+  def __len__(self):
+    return 20
+
+  def __getitem__(self, index):
+    value = self.start + index
+    return {'image': np.full((4, 4, 3), value, np.uint8), 'label': index % 2}
+
+def make(split):
+  return Source(split)
+
+def plain(split):
+  return [{'image': np.zeros((4, 4, 3), np.uint8), 'label': i} for i in (0, 4)]
+
+def wrong(split):
+  return 3
+"""
+
+
+class TestOwn:
+  @pytest.fixture(autouse=True)
+  def module(self, tmp_path, monkeypatch):
+    (tmp_path / 'own_pictures.py').write_text(_OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+  def test_a_source_of_one_s_own(self):
+    source = data.load_source('own_pictures:make', 'test')
+    assert source[3]['image'][0, 0, 0] == 103
+    info = sources.dataset_info('own_pictures:make')
+    assert info.class_names == ('low', 'high') and info.labels is None
+
+  def test_labels_are_read_where_nothing_names_them(self):
+    info = sources.dataset_info('own_pictures:plain')
+    assert info.labels == (0, 4) and info.num_classes == 5
+    assert info.class_names == ('0', '1', '2', '3', '4')
+
+  @pytest.mark.parametrize(
+    ('name', 'error', 'message'),
+    [
+      ('own_pictures:wrong', ValueError, 'returned a int; expected an object'),
+      (
+        'own_pictures:none',
+        ImportError,
+        "no attribute 'none'. Expected a func",
+      ),
+      ('no_such_module:make', ImportError, "No module named 'no_such_module'"),
+    ],
+  )
+  def test_what_is_no_source_is_refused(self, name, error, message):
+    with pytest.raises(error, match=message):
+      data.load_source(name, 'train')
 
 
 class NamesTest(parameterized.TestCase):
