@@ -107,13 +107,16 @@ def train_batches(
   """Endless shuffled, augmented batches; every epoch has a new order.
 
   Epochs follow each other without a gap, so a batch may end one and begin the
-  next.
+  next. With `num_repeats` R, a batch is R times the same batch_size / R images,
+  each time augmented anew. The copies are as far apart as can be, most of them
+  on other devices and in other micro-batches.
 
   Args:
     config: what to read.
     seed: of order and augmentation.
     part: as in `load_part`.
-    is_augmented: whether images are augmented, or as for evaluation.
+    is_augmented: whether images are augmented, or as for evaluation, when none
+      is repeated.
     start_step: the first batch given; resuming costs nothing.
     process_index: this process reads the process_index-th part of each global
       batch.
@@ -142,14 +145,12 @@ def train_batches(
   # Grain seeds epoch e with seed + e: unmixed, seed 1 would be seed 0 one
   # epoch on.
   mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  dataset = (
-    grain.MapDataset.source(source)
-    .shuffle(seed=mixed_seed)
-    .repeat()
-    .random_map(
-      functools.partial(_training_example, config, num_views, is_augmented),
-      seed=mixed_seed,
-    )
+  order = grain.MapDataset.source(source).shuffle(seed=mixed_seed).repeat()
+  if is_augmented and config.num_repeats > 1:
+    order = _repeated(order, config)
+  dataset = order.random_map(
+    functools.partial(_training_example, config, num_views, is_augmented),
+    seed=mixed_seed,
   )
 
   def load_rows(step: int, rows: range) -> Batch:
@@ -220,6 +221,19 @@ def num_eval_batches(config: config_lib.DataConfig, part: str = 'test') -> int:
 
 def _num_batches(source: sources.Source, config: config_lib.DataConfig) -> int:
   return -(-len(source) // config.batch_size)
+
+
+def _repeated(
+  order: grain.MapDataset, config: config_lib.DataConfig
+) -> grain.MapDataset:
+  """Returns an order in which the parts of a batch are the same images."""
+  num_images = config.batch_size // config.num_repeats
+
+  def example_at(place: int) -> sources.Example:
+    step, row = divmod(place, config.batch_size)
+    return order[step * num_images + row % num_images]
+
+  return grain.MapDataset.range(_MANY_STEPS).map(example_at)
 
 
 def _local_batch_size(
