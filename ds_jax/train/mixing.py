@@ -87,22 +87,30 @@ def draw_shares(
     same number, Beta(alpha, alpha); with CutMix 0 in a box and 1 around it, and
     what the box leaves of the area; 1 in a batch that is not mixed.
   """
-  is_mixed, is_cut, mixup, cutmix, centre = jax.random.split(key, 5)
-  if not config.cutmix_alpha:
-    pixels, share = _mixup_shares(mixup, config, height, width)
-  elif not config.mixup_alpha:
-    pixels, share = _cutmix_shares(cutmix, centre, config, height, width)
-  else:
-    cuts = jax.random.uniform(is_cut) < config.mix_switch_probability
-    pixels, share = (
-      jnp.where(cuts, one, other)
-      for one, other in zip(
-        _cutmix_shares(cutmix, centre, config, height, width),
-        _mixup_shares(mixup, config, height, width),
-        strict=True,
-      )
-    )
-  mixes = jax.random.uniform(is_mixed) < config.mix_probability
+  for_mixing, for_kind, for_share, for_row, for_column = jax.random.split(
+    key, 5
+  )
+  mixes = jax.random.uniform(for_mixing) < config.mix_probability
+  cuts = jnp.asarray(config.cutmix_alpha > 0)
+  if config.mixup_alpha and config.cutmix_alpha:
+    cuts = jax.random.uniform(for_kind) < config.mix_switch_probability
+  alpha = jnp.where(cuts, config.cutmix_alpha, config.mixup_alpha)
+  share = jax.random.beta(for_share, alpha, alpha, dtype=jnp.float32)
+
+  top, bottom, left, right = cut_box(
+    share,
+    jax.random.randint(for_row, (), 0, height),
+    jax.random.randint(for_column, (), 0, width),
+    height,
+    width,
+  )
+  y, x = jnp.arange(height), jnp.arange(width)
+  in_rows, in_columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+  in_box = in_rows[:, None] & in_columns[None, :]
+  area = (bottom - top) * (right - left)
+
+  pixels = jnp.where(cuts, 1 - in_box.astype(jnp.float32), share)
+  share = jnp.where(cuts, 1 - area / (height * width), share)
   return jnp.where(mixes, pixels, 1), jnp.where(mixes, share, 1)
 
 
@@ -131,28 +139,3 @@ def cut_box(
     return jnp.clip(middle - half, 0, size), jnp.clip(middle + half, 0, size)
 
   return *span(row, height), *span(column, width)
-
-
-def _mixup_shares(key, config, height, width):
-  share = _beta(key, config.mixup_alpha)
-  return jnp.full((height, width), share), share
-
-
-def _cutmix_shares(key, centre, config, height, width):
-  rows, columns = jax.random.split(centre)
-  top, bottom, left, right = cut_box(
-    _beta(key, config.cutmix_alpha),
-    jax.random.randint(rows, (), 0, height),
-    jax.random.randint(columns, (), 0, width),
-    height,
-    width,
-  )
-  y, x = jnp.arange(height), jnp.arange(width)
-  in_rows, in_columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
-  is_cut = in_rows[:, None] & in_columns[None, :]
-  area = (bottom - top) * (right - left)
-  return (~is_cut).astype(jnp.float32), 1 - area / (height * width)
-
-
-def _beta(key, alpha):
-  return jax.random.beta(key, alpha, alpha, dtype=jnp.float32)

@@ -133,7 +133,7 @@ class MixTest(parameterized.TestCase):
     # A box as large as the image, in a corner, is a quarter of it.
     np.testing.assert_array_equal(boxes[0], [0, 4, 6, 14])
 
-  @parameterized.parameters(0.2, 0.8, 1.0)
+  @parameterized.parameters(0.2, 0.8)
   def test_shares_are_beta_distributed(self, alpha):
     keys = jax.random.split(jax.random.key(0), 4000)
     config = config_lib.DataConfig('digits', mixup_alpha=alpha)
@@ -192,25 +192,25 @@ class MixTest(parameterized.TestCase):
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert (one[0] != other[0]).any() and (one[1] != other[1]).any()
 
-  @parameterized.product(name=('pjit', 'pmap'), config=KINDS)
-  def test_devices_mix_the_global_batch(self, name, config):
+  @parameterized.parameters('pjit', 'pmap')
+  def test_devices_mix_the_global_batch(self, name):
     executor = parallel.Executor(config_lib.ParallelConfig(name))
     assert executor.mesh.size == 8
     batch = make_batch(size=24)
 
     def run(key, images, labels):
-      return mixing.mix(key, images, labels, config, 3, executor.reversed_rows)
+      return mixing.mix(key, images, labels, BOTH, 3, executor.reversed_rows)
 
-    found = executor.compile(
+    compiled = executor.compile(
       run, [parallel.WHOLE, *[parallel.BATCH] * 2], parallel.BATCH
     )
     laid_out = executor.put_batch(batch)
-    found = found(jax.random.key(0), laid_out['images'], laid_out['labels'])
-    expected = mix(
-      jax.random.key(0), batch['images'], batch['labels'], config, 3
-    )
-    for one, other in zip(found, expected, strict=True):
-      np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+    for seed in range(6):  # of both kinds
+      key = jax.random.key(seed)
+      found = compiled(key, laid_out['images'], laid_out['labels'])
+      expected = mix(key, batch['images'], batch['labels'], BOTH, 3)
+      for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
 def normalize(images):
@@ -231,7 +231,14 @@ def smoothed(labels):
   return (1 - SMOOTHING) * np.asarray(labels, np.float64) + SMOOTHING / 3
 
 
-MODEL = models.create_abstract_model(**micro.MODEL)
+# One block, without anything between narrowest and widest.
+MODEL = models.create_abstract_model(
+  'ds_mobilenet',
+  3,
+  stem_widths=(4,),
+  stages=(dict(widths=(4, 6, 8)),),
+  gate_stage=0,
+)
 ARCHITECTURE = models.Architecture(MODEL)
 
 
@@ -264,7 +271,7 @@ def stage_one(dataset, **options):
   config = config_lib.SupernetConfig(
     num_epochs=1,
     optimizer=OPTIMIZER,
-    num_random=1,
+    num_random=0,
     label_smoothing=SMOOTHING,
     **options,
   )
@@ -283,8 +290,11 @@ class StepsTestCase(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     batch = make_batch()
-    cls.variables = fixed.calibrated_variables(
-      MODEL, normalize(batch['images'])
+    variables = fixed.calibrated_variables(MODEL, normalize(batch['images']))
+    # So that an image's label matters.
+    kernel = 10 * variables.params['classifier/kernel']
+    cls.variables = variables.replace(
+      params={**variables.params, 'classifier/kernel': kernel}
     )
 
   def run_steps(self, phase, count=2, views=('images',)):
@@ -300,7 +310,7 @@ class StepsTestCase(parameterized.TestCase):
 
 
 class StageOneTest(StepsTestCase):
-  @parameterized.parameters(*KINDS)
+  @parameterized.parameters(MIXUP, CUTMIX)
   def test_losses_are_those_of_the_mixed_batch(self, dataset):
     phase = stage_one(dataset)
     _, runs = self.run_steps(phase)
@@ -362,18 +372,14 @@ class StageOneTest(StepsTestCase):
     )
     assert len(shares) == 2
 
-  @parameterized.parameters(
-    OFF,
-    config_lib.DataConfig('digits', mixup_alpha=0.8, mix_probability=0.0),
-  )
-  def test_what_is_off_changes_no_program_and_no_bit(self, dataset):
-    assert not dataset.mixes
-    off, none = stage_one(dataset), stage_one(None)
-    programs, states = [], []
-    for phase in (off, none):
+  def test_what_is_off_changes_no_program_and_no_bit(self):
+    never = config_lib.DataConfig('digits', cutmix_alpha=1, mix_probability=0)
+    programs, runs = set(), []
+    for dataset in (None, OFF, never):
+      phase = stage_one(dataset)
       phase._mix = None  # is not called
       batch = phase.executor.put_batch(make_batch())
-      programs.append(
+      programs.add(
         phase._widest_gradient.lower(
           self.variables,
           batch['images'],
@@ -382,10 +388,10 @@ class StageOneTest(StepsTestCase):
           None,
         ).as_text()
       )
-      states.append(self.run_steps(phase))
-    assert programs[0] == programs[1] and 'f32[8,3]' not in programs[0][:2000]
-    jax.tree.map(np.testing.assert_array_equal, *(s for s, _ in states))
-    assert states[0][1][-1][2] == states[1][1][-1][2]
+      if dataset is not never:
+        runs.append(self.run_steps(phase))
+    assert len(programs) == 1
+    jax.tree.map(np.testing.assert_array_equal, *runs)
 
 
 class StageTwoTest(StepsTestCase):
@@ -395,7 +401,7 @@ class StageTwoTest(StepsTestCase):
     answers = model.all_buckets(normalize(images))
     return jnp.stack(answers.logits), model.gate_logits(answers.features)
 
-  @parameterized.parameters(*KINDS)
+  @parameterized.parameters(MIXUP, CUTMIX)
   def test_losses_are_those_of_the_mixed_batch(self, dataset):
     phase = stage_two(dataset)
     _, runs = self.run_steps(phase)
@@ -425,7 +431,7 @@ class StageTwoTest(StepsTestCase):
       )
 
   def test_correctness_is_that_of_the_label_with_the_larger_share(self):
-    phase = stage_two(BOTH, target='correctness', target_madds=4e3)
+    phase = stage_two(BOTH, target='correctness', target_madds=2.8e3)
     _, ((before, batch, metrics),) = self.run_steps(phase, count=1)
     images, labels = mix(step_key(0), batch['images'], batch['labels'], BOTH, 3)
     outputs, gate_logits = jax.jit(self.parts)(before.network, images)
@@ -485,6 +491,7 @@ def test_a_run_s_phases_mix_as_its_dataset_says(tmp_path, alpha):
   config = micro.get_config()
   config.dataset.name = micro.write_images(tmp_path)
   config.dataset.mixup_alpha = alpha
+  config.gate.target_madds = 2.8e3
   experiment = config_lib.Experiment.from_config(config)
   executor = parallel.Executor(devices=jax.devices()[:1])
   first, _, second = phases.make_phases(experiment, MODEL, executor)
