@@ -12,10 +12,10 @@ paper.
 A comment names where a number is from in DeiT's repository,
 github.com/facebookresearch/deit at 0282d2a, with timm 0.3.2. More of its
 numbers are our defaults: the crop's scale and the flip, RandAugment's magnitude
-of 9 and that it is increasing (--aa: m9, inc1), --mixup-prob, --mixup-switch-prob
-and --smoothing of 0.1. Its --color-jitter of 0.4 does nothing, since timm leaves
-it out where there is an --aa; nor does its --cooldown-epochs, since main.py ends
-after --epochs. What differs:
+of 9 and that it is increasing (--aa: m9, inc1), --mixup-prob of 1,
+--mixup-switch-prob of 0.5 and --smoothing of 0.1. Its --color-jitter of 0.4
+does nothing, since timm leaves it out where there is an --aa; nor do its
+--cooldown-epochs, since main.py ends after --epochs. What differs:
 
 * A batch has 960 images, not 1,024, which can't hold all of them three times;
   the learning rate is scaled as DeiT's is.
