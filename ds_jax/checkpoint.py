@@ -251,6 +251,20 @@ def restore(directory: str, step: int | None = None) -> Restored:
   return _newest_intact(root, step)[0]
 
 
+def newest_meta(directory: str) -> dict[str, Any] | None:
+  """Returns what the newest step says of itself; None if there is none.
+
+  Only that is read: the arrays may be damaged.
+  """
+  root = paths.expanded(directory)
+  for step in reversed(_steps(root)):
+    # One that is damaged is reported when its step is restored.
+    with contextlib.suppress(Exception):
+      manifest = _read_manifest(root, step)
+      return _in_todays_words(manifest['meta'], manifest.get('format', 1))
+  return None
+
+
 @dataclasses.dataclass
 class _Retention:
   """Keeps the newest and the best steps; damaged ones count as neither.

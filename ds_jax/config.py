@@ -60,6 +60,18 @@ class DataConfig:
       time augmented anew (repeated augmentation). An epoch has as many batches
       as without, and so reads 1 / num_repeats of the images; the next one goes
       on with the others.
+    mean: of each channel, in units of pixel / 255, that images are normalised
+      by; None takes what the weights of `init.checkpoint` were trained with,
+      where that is known, else the data set's own.
+    std: the deviation, likewise.
+    background: R, G, B, 0 .. 255, that is seen through what is transparent in
+      a picture.
+    on_bad_image: what to do about an image that can't be read: `raise`, or
+      `skip` it; another takes its place in training.
+    test_share: of the images, for the test split, where the data set has none
+      of its own. Each image's place is decided by its name alone.
+    drop_copies: whether files of the test split that are copies of one in the
+      train split are left out; all files of an `imagefolder` are read for that.
     gate_share: of the train split, held out from Stage I for the gate.
     budget_share: of the train split, held out from all training; thresholds
       of routers are set on it.
@@ -92,6 +104,12 @@ class DataConfig:
   mix_probability: float = 1.0
   mix_switch_probability: float = 0.5
   num_repeats: int = 1
+  mean: tuple[float, float, float] | None = None
+  std: tuple[float, float, float] | None = None
+  background: tuple[int, int, int] = (255, 255, 255)
+  on_bad_image: str = 'raise'
+  test_share: float = 0.2
+  drop_copies: bool = True
   gate_share: float = 0.0
   budget_share: float = 0.0
   num_threads: int = 2
@@ -104,8 +122,14 @@ class DataConfig:
     validation.check_choice(
       'erasing_noise', self.erasing_noise, ('uniform', 'normal')
     )
+    validation.check_choice(
+      'on_bad_image', self.on_bad_image, ('raise', 'skip')
+    )
     low, high = self.crop_scale
     limits = {
+      'std': self.std is None or min(self.std) > 0,
+      'background': all(0 <= x <= 255 for x in self.background),
+      'test_share': 0 < self.test_share < 1,
       'image_size': self.image_size >= 1,
       'batch_size': self.batch_size >= 1,
       'crop_padding': self.crop_padding >= 0,
@@ -267,6 +291,7 @@ class GateConfig:
     target_madds: mean MAdds per image to hold; None leaves it to c. It is also
       what a `Predictor` spends unless it is told another budget, as far as
       there are images to set that on (`DataConfig.budget_share`).
+    target_fraction: the same, as a share of the largest bucket's MAdds.
     price_rate: how far the price moves in a step, for an excess of the widest
       bucket's MAdds and at the full learning rate.
     price_damping: what is added to the price for the batch's own excess, as an
@@ -292,6 +317,7 @@ class GateConfig:
   madds_weight: float = 0.5
   madds_unit: float = 1e9
   target_madds: float | None = None
+  target_fraction: float | None = None
   price_rate: float = 0.1
   price_damping: float = 4.0
   hard_images: str = 'try_best'
@@ -308,6 +334,11 @@ class GateConfig:
     validation.check_range('madds_unit', self.madds_unit, above=0)
     validation.check_range('ema_decay', self.ema_decay, low=0, high=1)
     validation.check_choice('target', self.target, TARGETS)
+    if self.target_madds is not None and self.target_fraction is not None:
+      raise ValueError(
+        f'target_madds={self.target_madds} and target_fraction='
+        f'{self.target_fraction} say the same; set one of them to None.'
+      )
     validation.check_choice('part', self.part, ('train', 'gate'))
     validation.check_choice('hard_images', self.hard_images, HARD_IMAGES)
 
@@ -325,9 +356,6 @@ class InitConfig:
     sort_channels: `norm_scale` or `l1` puts a plain network's channels in the
       order of their importance, so that slices keep the best ones; None leaves
       them. See `convert.sort_channels`.
-
-  Images are normalised by the data set's own statistics, whatever the weights
-  were trained with.
   """
 
   checkpoint: str | None = None
@@ -453,10 +481,12 @@ class Experiment:
   eval_every_epochs: float = 1
 
   def __post_init__(self):
-    if self.gate.target == 'correctness' and self.gate.target_madds is None:
+    targets = self.gate.target_madds, self.gate.target_fraction
+    if self.gate.target == 'correctness' and targets == (None, None):
       raise ValueError(
-        "gate.target='correctness' needs gate.target_madds: the mean MAdds that"
-        ' a Predictor spends unless it is told another budget.'
+        "gate.target='correctness' needs gate.target_madds or"
+        ' gate.target_fraction: the mean MAdds that a Predictor spends unless it'
+        ' is told another budget.'
       )
     if self.gate.target == 'correctness' and not self.dataset.budget_share:
       raise ValueError(

@@ -14,7 +14,7 @@ import pytest
 
 from ds_jax import config as config_lib
 from ds_jax import data, fields, models, parallel
-from ds_jax.train import gate, optimizer
+from ds_jax.train import gate, optimizer, phases
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -43,12 +43,16 @@ def _variants():
 @pytest.mark.parametrize('get_config', [*_variants()])
 def test_config_is_read_and_fits_its_model(get_config):
   experiment = config_lib.Experiment.from_config(get_config())
+  if experiment.model['num_classes'] is None:
+    options = {**experiment.model, 'num_classes': 3}
+    experiment = dataclasses.replace(experiment, model=options)
   model = models.create_abstract_model(**experiment.model)
+  experiment = phases.with_target(experiment, model)
   # The gate refuses a target that its buckets can't meet.
   gate.Gate(
     experiment.gate,
     model,
-    data.normalizer(experiment.dataset.name),
+    data.normalizer(experiment.dataset),
     image_size=experiment.dataset.image_size,
     num_steps=round(100 * experiment.gate.num_epochs),
     steps_per_epoch=100,

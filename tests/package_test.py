@@ -74,7 +74,7 @@ _ROOMS = (
   ('routing', 'convert'),
   ('evaluation', 'inference'),
   ('train',),
-  ('summary', 'export', 'benchmark'),
+  ('summary', 'export', 'predict', 'benchmark'),
   ('main',),
 )
 

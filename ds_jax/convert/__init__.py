@@ -17,10 +17,12 @@ from ds_jax.convert.formats import from_state, recognise
 from ds_jax.convert.importance import sort_channels
 from ds_jax.convert.network import from_network
 from ds_jax.convert.official import from_official
+from ds_jax.convert.statistics import channel_statistics
 from ds_jax.convert.torchvision import from_torchvision_resnet50
 from ds_jax.convert.vit import from_timm_vit
 
 __all__ = [
+  'channel_statistics',
   'from_network',
   'from_official',
   'from_state',

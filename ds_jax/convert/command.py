@@ -7,10 +7,8 @@ from typing import Any
 
 from flax import serialization
 
-from ds_jax import checkpoint, config, data, models
-from ds_jax.convert import files, formats, importance
-
-_IMAGENET = data.channel_statistics('imagenet2012')
+from ds_jax import checkpoint, config, models
+from ds_jax.convert import files, formats, importance, statistics
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,6 +50,9 @@ def _convert(arguments):
   model = known.load(state, models.create_model(**model_arguments))
   if arguments.sort:
     model = importance.sort_channels(model, arguments.sort)
+  mean, std = (
+    statistics.channel_statistics(arguments.input, known) or statistics.IMAGENET
+  )
   _save(
     model,
     model_arguments,
@@ -60,8 +61,8 @@ def _convert(arguments):
     has_gate=arguments.gate == 'trained',
     image_size=image_size,
     interpolation=arguments.interpolation or known.interpolation,
-    mean=arguments.mean,
-    std=arguments.std,
+    mean=arguments.mean or mean,
+    std=arguments.std or std,
   )
 
 
@@ -144,15 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     help="how images of another size are resized; default: as the weights'"
     ' authors evaluate, bicubic for DS-Net and timm, else bilinear',
   )
-  for option, default in zip(('mean', 'std'), _IMAGENET, strict=True):
+  for option in ('mean', 'std'):
     parser.add_argument(
       f'--{option}',
       type=_channels,
-      default=default,
       help=f'the {option} that the weights were trained with, of pixel / 255:'
-      ' one number or three, as in 0.5 or 0.48,0.46,0.41; default, for every'
-      " format: ImageNet's, right for DS-Net, torchvision and DeiT. Many ViTs"
-      ' of timm and Hugging Face need 0.5.',
+      ' one number or three, as in 0.5 or 0.48,0.46,0.41; default: what the'
+      " JSON file beside the weights says (timm's and Hugging Face's have one),"
+      " else ImageNet's, right for DS-Net, torchvision and DeiT. Many ViTs of"
+      ' timm and Hugging Face need 0.5.',
     )
   return parser
 

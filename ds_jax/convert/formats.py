@@ -25,6 +25,8 @@ class Format:
     model: the model that the weights fit; None means that it depends on them.
     is_sliced: whether the slices are trained, and a gate may be.
     interpolation: how its authors resize images for evaluation.
+    has_imagenet_statistics: whether its authors normalise images by ImageNet's
+      mean and deviation, all of them.
     model_options: the options of `create_model` that a state needs.
   """
 
@@ -35,6 +37,7 @@ class Format:
   model: str | None = None
   is_sliced: bool = False
   interpolation: str = 'bilinear'
+  has_imagenet_statistics: bool = False
   model_options: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
 
   def num_classes(self, state: Mapping[str, Any]) -> int:
@@ -77,6 +80,7 @@ FORMATS = (
     'ds_mobilenet',
     is_sliced=True,
     interpolation='bicubic',
+    has_imagenet_statistics=True,
     model_options=official.model_options,
   ),
   Format(
@@ -85,6 +89,7 @@ FORMATS = (
     torchvision.from_torchvision_resnet50,
     'fc.bias',
     'ds_resnet50',
+    has_imagenet_statistics=True,
   ),
   Format(
     "timm's ViT",

@@ -1,9 +1,15 @@
-"""Images from disk to batches: sources, transforms, pipeline."""
+"""Images from disk to batches: sources, decoding, transforms, pipeline."""
 
+from ds_jax.data.decoding import ImageError, Picture
 from ds_jax.data.pipeline import (
+  BadImages,
   Batch,
+  channel_statistics,
+  dataset_info,
   eval_batches,
   load_part,
+  load_split,
+  normalizer,
   num_eval_batches,
   num_images,
   train_batches,
@@ -13,18 +19,18 @@ from ds_jax.data.sources import (
   DatasetNotFoundError,
   Example,
   Source,
-  channel_statistics,
-  dataset_info,
   load_source,
-  normalizer,
 )
 from ds_jax.data.transforms import for_evaluation, normalize
 
 __all__ = [
+  'BadImages',
   'Batch',
   'DatasetInfo',
   'DatasetNotFoundError',
   'Example',
+  'ImageError',
+  'Picture',
   'Source',
   'channel_statistics',
   'dataset_info',
@@ -32,6 +38,7 @@ __all__ = [
   'for_evaluation',
   'load_part',
   'load_source',
+  'load_split',
   'normalize',
   'normalizer',
   'num_eval_batches',

@@ -10,16 +10,20 @@ are new (`hosts.versions`).
 Axes: N images of one process's share of a batch, S side of an image.
 """
 
+import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
+from absl import logging
 
 from ds_jax import config as config_lib
-from ds_jax.data import augment, sources, transforms
+from ds_jax.data import augment, decoding, sources, transforms
 
 Batch = dict[str, np.ndarray]
 
@@ -29,6 +33,65 @@ _MANY_STEPS = 1 << 40
 PARTS = ('test', 'train', 'gate', 'budget')
 # What a batch calls the first and the second view.
 _VIEWS = {1: ('images',), 2: ('images', 'teacher_images')}
+
+
+class BadImages:
+  """The images that could not be read, for those who skip them.
+
+  Each is named in the log once. Threads may share it.
+  """
+
+  def __init__(self):
+    self._names: set[str] = set()
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+  def add(self, error: decoding.ImageError, key: str) -> None:
+    """Notes one, by a key of its own."""
+    with self._lock:
+      if key in self._names:
+        return
+      self._names.add(key)
+    logging.warning('Skipped: %s', error)
+
+
+def load_split(config: config_lib.DataConfig, split: str) -> sources.Source:
+  """Opens the `train` or the `test` split; see `sources.load_source`."""
+  return sources.load_source(
+    config.name,
+    split,
+    config.data_dir,
+    test_share=config.test_share,
+    drop_copies=config.drop_copies,
+  )
+
+
+def dataset_info(config: config_lib.DataConfig) -> sources.DatasetInfo:
+  """Describes a data set that is on disk; see `sources.dataset_info`."""
+  return sources.dataset_info(
+    config.name,
+    config.data_dir,
+    test_share=config.test_share,
+    drop_copies=config.drop_copies,
+  )
+
+
+def channel_statistics(
+  config: config_lib.DataConfig,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns mean and deviation that images are normalised by, as configured."""
+  mean, std = sources.channel_statistics(config.name)
+  return config.mean or mean, config.std or std
+
+
+def normalizer(
+  config: config_lib.DataConfig,
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns the function that takes a data set's pixels to a model's floats."""
+  mean, std = channel_statistics(config)
+  return functools.partial(transforms.normalize, mean=mean, std=std)
 
 
 def load_part(config: config_lib.DataConfig, part: str) -> sources.Source:
@@ -49,14 +112,14 @@ def load_part(config: config_lib.DataConfig, part: str) -> sources.Source:
   if part not in PARTS:
     raise ValueError(f'Unknown part {part!r}; known: {PARTS}.')
   if part == 'test':
-    test = sources.load_source(config.name, 'test', config.data_dir)
+    test = load_split(config, 'test')
     if not len(test):
       raise ValueError(
         f'The test split of {config.name!r} is empty: nothing can be evaluated'
         ' on it. Put images there.'
       )
     return test
-  source = sources.load_source(config.name, 'train', config.data_dir)
+  source = load_split(config, 'train')
   if not config.gate_share and not config.budget_share and part == 'train':
     return source
   gate = round(config.gate_share * len(source))
@@ -103,6 +166,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   num_views: int = 1,
+  bad_images: BadImages | None = None,
 ) -> Iterator[Batch]:
   """Endless shuffled, augmented batches; every epoch has a new order.
 
@@ -123,6 +187,8 @@ def train_batches(
     process_count: how many processes share a batch.
     num_views: 1, or 2 for multi-view consistency: every image is augmented
       twice, independently. The first view is the same with either.
+    bad_images: notes those that are skipped (`DataConfig.on_bad_image`). The
+      next image of the source that can be read takes the place of one.
 
   Returns:
     An iterator over {'images': uint8 (N, S, S, 3), 'labels': int32 (N,)}, N =
@@ -132,6 +198,7 @@ def train_batches(
   Raises:
     ValueError: if the batch does not divide among the processes, or is larger
       than the part, or if num_views is neither 1 nor 2.
+    ImageError: from the iterator, for an image that can't be read.
   """
   if num_views not in _VIEWS:
     raise ValueError(f'num_views {num_views!r} is neither 1 nor 2.')
@@ -145,13 +212,22 @@ def train_batches(
   # Grain seeds epoch e with seed + e: unmixed, seed 1 would be seed 0 one
   # epoch on.
   mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  order = grain.MapDataset.source(source).shuffle(seed=mixed_seed).repeat()
+  read = _Reader(config, source, bad_images)
+
+  def training_example(index: int, rng: np.random.Generator) -> dict[str, Any]:
+    def views(example):
+      return _training_example(config, num_views, is_augmented, example, rng)
+
+    for candidate in itertools.chain(range(index, len(source)), range(index)):
+      found = read(candidate, views)
+      if found is not None:
+        return found
+    raise ValueError(f'No image of the {part} part of {config.name!r} is good.')
+
+  order = grain.MapDataset.range(len(source)).shuffle(seed=mixed_seed).repeat()
   if is_augmented and config.num_repeats > 1:
     order = _repeated(order, config)
-  dataset = order.random_map(
-    functools.partial(_training_example, config, num_views, is_augmented),
-    seed=mixed_seed,
-  )
+  dataset = order.random_map(training_example, seed=mixed_seed)
 
   def load_rows(step: int, rows: range) -> Batch:
     # Rows of the global batch, which is the same for any number of processes.
@@ -174,6 +250,7 @@ def eval_batches(
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
+  bad_images: BadImages | None = None,
 ) -> Iterator[Batch]:
   """Every image of a part once, in order, in batches of one shape.
 
@@ -184,23 +261,33 @@ def eval_batches(
     process_index: this process reads the process_index-th part of each global
       batch.
     process_count: how many processes share a batch.
+    bad_images: notes those that are skipped (`DataConfig.on_bad_image`).
 
   Returns:
     An iterator over `num_eval_batches` of {'images': uint8 (N, S, S, 3),
     'labels': int32 (N,), 'mask': bool (N,)}, N = batch_size / process_count.
-    The mask is False where the last batch is filled up with zeros. `close()`
-    stops the threads.
+    The mask is False, and all else zero, where an image is skipped and where
+    the last batch is filled up. `close()` stops the threads.
 
   Raises:
     ValueError: if the batch does not divide among the processes.
+    ImageError: from the iterator, for an image that can't be read.
   """
   source = load_part(config, part)
   local_size = _local_batch_size(config, process_index, process_count)
+  read = _Reader(config, source, bad_images)
 
   def load_rows(step: int, rows: range) -> Batch:
     start = step * config.batch_size + process_index * local_size
-    indices = [start + i for i in rows if start + i < len(source)]
-    return _masked_batch([source[i] for i in indices], len(rows), config)
+    return _masked_batch(
+      [
+        read(start + i, lambda example: _evaluated(config, example))
+        if start + i < len(source)
+        else None
+        for i in rows
+      ],
+      config,
+    )
 
   steps = range(start_step, _num_batches(source, config))
   return _iterate(load_rows, steps, local_size, config)
@@ -229,11 +316,11 @@ def _repeated(
   """Returns an order in which the parts of a batch are the same images."""
   num_images = config.batch_size // config.num_repeats
 
-  def example_at(place: int) -> sources.Example:
+  def index_at(place: int) -> int:
     step, row = divmod(place, config.batch_size)
     return order[step * num_images + row % num_images]
 
-  return grain.MapDataset.range(_MANY_STEPS).map(example_at)
+  return grain.MapDataset.range(_MANY_STEPS).map(index_at)
 
 
 def _local_batch_size(
@@ -293,7 +380,7 @@ def _augment(
       image,
       rng,
       config.erasing_probability,
-      sources.channel_statistics(config.name) if normal else None,
+      channel_statistics(config) if normal else None,
     )
   return image
 
@@ -326,19 +413,60 @@ def for_evaluation(
   )
 
 
+class _Reader:
+  """Gives examples of a source to a function of them, where they can be read.
+
+  Pictures lie on the configured background.
+  """
+
+  def __init__(
+    self,
+    config: config_lib.DataConfig,
+    source: sources.Source,
+    bad_images: BadImages | None,
+  ):
+    self._config, self._source = config, source
+    self._bad_images = BadImages() if bad_images is None else bad_images
+
+  def __call__(
+    self, index: int, function: Callable[[sources.Example], Any]
+  ) -> Any:
+    """Returns what the function does, or None where the image is skipped."""
+    try:
+      example = self._source[index]
+      if isinstance(example['image'], decoding.Picture):
+        picture = dataclasses.replace(
+          example['image'], background=tuple(self._config.background)
+        )
+        example = {**example, 'image': picture}
+      return function(example)
+    except decoding.ImageError as error:
+      if self._config.on_bad_image == 'raise':
+        raise decoding.ImageError(
+          f"{error} Remove it, or set dataset.on_bad_image='skip'."
+        ) from error
+      self._bad_images.add(error, f'{self._source!r} {index}')
+      return None
+
+
+def _evaluated(
+  config: config_lib.DataConfig, example: sources.Example
+) -> sources.Example:
+  image = for_evaluation(config, example['image'])
+  return sources.Example(image=image, label=example['label'])
+
+
 def _masked_batch(
-  examples: list[sources.Example],
-  batch_size: int,
-  config: config_lib.DataConfig,
+  examples: list[sources.Example | None], config: config_lib.DataConfig
 ) -> Batch:
-  """Stacks examples for evaluation and fills up with masked zeros."""
+  """Stacks examples for evaluation; None is masked zeros."""
   size = config.image_size
-  images = np.zeros((batch_size, size, size, 3), np.uint8)
-  labels = np.zeros((batch_size,), np.int32)
+  images = np.zeros((len(examples), size, size, 3), np.uint8)
+  labels = np.zeros(len(examples), np.int32)
   for i, example in enumerate(examples):
-    images[i] = for_evaluation(config, example['image'])
-    labels[i] = example['label']
-  mask = np.arange(batch_size) < len(examples)
+    if example is not None:
+      images[i], labels[i] = example['image'], example['label']
+  mask = np.array([example is not None for example in examples])
   return {'images': images, 'labels': labels, 'mask': mask}
 
 

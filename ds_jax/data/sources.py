@@ -1,38 +1,41 @@
 """Random-access image sources by name.
 
-A source has a length and gives `{'image': uint8 (H, W, 3), 'label': int}` for
-an index. Nothing here downloads: a data set that is not on disk raises
-`DatasetNotFoundError`, which says how to prepare it. `digits` is embedded.
+A source has a length and gives an `Example` for an index. Nothing here
+downloads: a data set that is not on disk raises `DatasetNotFoundError`, which
+says how to prepare it. `digits` is embedded.
 
 Axes: N images, H, W.
 """
 
 import dataclasses
 import functools
-import io
+import importlib
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Protocol, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypedDict
 
-import jax
 import numpy as np
 from PIL import Image
 
 from ds_jax import paths
-from ds_jax.data import transforms
+from ds_jax.data import decoding, folder
 from ds_jax.data.idx import read_idx
 
 
 class Example(TypedDict):
   """One labelled image."""
 
-  image: np.ndarray  # uint8 (H, W, 3)
+  image: np.ndarray | decoding.Picture  # uint8 (H, W, 3), or still encoded
   label: int
 
 
 class Source(Protocol):
-  """A random-access data set."""
+  """A random-access data set, that threads may read at the same time.
+
+  It may have `class_names`, of the labels from 0 on; else `labels`, (N,)
+  integers, or, to be read whole for them, neither.
+  """
 
   def __len__(self) -> int: ...
 
@@ -54,6 +57,7 @@ class DatasetInfo:
     num_classes: labels are 0 .. num_classes - 1.
     labels: the lowest and the highest that occur; None where the data set's own
       description tells the classes.
+    class_names: of the labels; the numbers themselves where they have no other.
     mean: of each channel, in units of pixel / 255.
     std: of each channel, in the same units.
   """
@@ -63,6 +67,7 @@ class DatasetInfo:
   num_test: int
   num_classes: int
   labels: tuple[int, int] | None
+  class_names: tuple[str, ...]
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
 
@@ -93,7 +98,10 @@ _TFDS = {
     manual_files=('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'),
   ),
 }
-_KNOWN = ('digits', 'idx:DIR', *_TFDS)
+_KNOWN = (
+  *('digits', 'idx:DIR', 'imagefolder:DIR', 'hf:DIR'),
+  *('tfds:NAME[/CONFIG][:VERSION]', 'MODULE:FUNCTION', *_TFDS),
+)
 _IDX_PREFIX = {'train': 'train', 'test': 't10k'}
 _NUM_DIGITS_TRAIN = 1437
 _DIGITS_SIZE = 32
@@ -105,40 +113,67 @@ _RUN_EMBEDDED = (
 )
 
 
-def load_source(name: str, split: str, data_dir: str | None = None) -> Source:
+def load_source(
+  name: str,
+  split: str,
+  data_dir: str | None = None,
+  *,
+  test_share: float = 0.2,
+  drop_copies: bool = True,
+) -> Source:
   """Opens one split of a data set.
 
   Args:
-    name: 'digits', 'idx:DIR' (or 'idx' with `data_dir`), 'cifar10',
-      'cifar100', 'fashion_mnist' or 'imagenet2012'.
-    split: 'train' or 'test'; for imagenet2012 the latter is its validation
-      split.
-    data_dir: where TFDS copies (or the IDX files) are; None or '' means
-      $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    name: `digits`; `idx:DIR`, four IDX files; `imagefolder:DIR`, a folder with
+      one of pictures for each class (see `ds_jax.data.folder`); `hf:DIR`, a
+      data set of Hugging Face `datasets` saved there;
+      `tfds:NAME[/CONFIG][:VERSION]`, an array_record copy of TFDS, for which
+      `cifar10`, `cifar100`, `fashion_mnist` and `imagenet2012` are short; or
+      `MODULE:FUNCTION`, which takes the split and returns a source of one's
+      own.
+    split: 'train' or 'test'; the latter is the validation split of a data set
+      that has that, but no labelled images to test.
+    data_dir: where TFDS copies are; None or '' means $TFDS_DATA_DIR, else
+      ~/tensorflow_datasets. Or DIR, for a name without one.
+    test_share: of the images, for the test split, where there is none.
+    drop_copies: as of `ds_jax.data.folder.load`.
 
   Returns:
     The source. Loading the same one again returns the same object.
 
   Raises:
     DatasetNotFoundError: if the data are not there, or not as array_record.
+    ImportError: if a package or the module is missing.
     ValueError: if the name or the split is unknown, or a file is damaged.
   """
   if split not in ('train', 'test'):
     raise ValueError(f"Unknown split {split!r}; known: 'train', 'test'.")
-  kind, folder = _parse_name(name, data_dir)
+  kind, rest, folder_path = _parse_name(name, data_dir)
   if kind == 'digits':
     return _load_digits()[split]
   if kind == 'idx':
-    return _load_idx(folder, split)
-  return _load_tfds(kind, folder, split)
+    return _load_idx(folder_path, split)
+  if kind == 'imagefolder':
+    try:
+      return folder.load(folder_path, test_share, drop_copies)[split]
+    except folder.FolderError as error:
+      raise DatasetNotFoundError(f'{error}\n{_RUN_EMBEDDED}') from error
+  if kind == 'hf':
+    return _load_hugging_face(folder_path, split, test_share)
+  if kind == 'tfds':
+    return _load_tfds(rest, folder_path, split, test_share)
+  return _load_own(kind, rest, split)
 
 
-def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
+def dataset_info(
+  name: str, data_dir: str | None = None, **options: Any
+) -> DatasetInfo:
   """Describes a data set that is on disk.
 
   Args:
     name: as in `load_source`.
     data_dir: as in `load_source`.
+    **options: as in `load_source`.
 
   Returns:
     Sizes as found on disk; mean and std as in `channel_statistics`.
@@ -147,24 +182,37 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
     DatasetNotFoundError: as `load_source`.
     ValueError: as `load_source`, or for a split without images.
   """
-  train = load_source(name, 'train', data_dir)
-  test = load_source(name, 'test', data_dir)
-  kind, _ = _parse_name(name, data_dir)
+  train = load_source(name, 'train', data_dir, **options)
+  test = load_source(name, 'test', data_dir, **options)
   for split, source in (('train', train), ('test', test)):
     if not len(source):
       raise ValueError(
         f'The {split} split of {name!r} has no images. Put some there.'
       )
-  if kind in _TFDS:
-    labels, num_classes = None, _TFDS[kind].num_classes
-  else:
-    found = np.concatenate([train.labels, test.labels])
+  class_names = getattr(train, 'class_names', None)
+  labels = None
+  if class_names is None:
+    found = np.concatenate([_labels_of(train), _labels_of(test)])
     labels = int(found.min()), int(found.max())
-    num_classes = 1 + labels[1]
-  mean, std = channel_statistics(kind)
+    class_names = map(str, range(1 + labels[1]))
+  class_names = tuple(class_names)
+  mean, std = channel_statistics(name)
   return DatasetInfo(
-    name, len(train), len(test), num_classes, labels, mean=mean, std=std
+    name=name,
+    num_train=len(train),
+    num_test=len(test),
+    num_classes=len(class_names),
+    labels=labels,
+    class_names=class_names,
+    mean=mean,
+    std=std,
   )
+
+
+def _labels_of(source: Source) -> np.ndarray:
+  if hasattr(source, 'labels'):
+    return np.asarray(source.labels)
+  return np.array([source[i]['label'] for i in range(len(source))])
 
 
 def channel_statistics(
@@ -177,22 +225,16 @@ def channel_statistics(
 
   Returns:
     (mean, std), each of R, G, B in units of pixel / 255: the usual constants
-    of the TFDS data sets. Of 'digits' and 'idx:DIR' nothing is assumed: 0.5
-    and 0.5 take pixels to -1 .. 1.
+    of the four TFDS data sets that have a name of their own. Of others nothing
+    is assumed: 0.5 and 0.5 take pixels to -1 .. 1.
 
   Raises:
     ValueError: if the name is unknown.
   """
-  kind, _ = _parse_name(name, data_dir='any')
-  if kind in _TFDS:
-    return _TFDS[kind].mean, _TFDS[kind].std
+  kind, rest, _ = _parse_name(name, data_dir='any')
+  if kind == 'tfds' and rest in _TFDS:
+    return _TFDS[rest].mean, _TFDS[rest].std
   return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-def normalizer(name: str) -> Callable[[jax.Array], jax.Array]:
-  """Returns the function that takes a data set's pixels to a model's floats."""
-  mean, std = channel_statistics(name)
-  return functools.partial(transforms.normalize, mean=mean, std=std)
 
 
 class GreySource:
@@ -219,30 +261,50 @@ class GreySource:
     return f'GreySource({self._name})'
 
 
-class TfdsSource:
-  """Encoded images of a TFDS copy, decoded to RGB when asked for."""
+class EncodedSource:
+  """Records of encoded images, decoded when they are asked for.
 
-  def __init__(self, name: str, records):
-    """Wraps a data source of TFDS.
+  Attributes:
+    class_names: of the labels.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    records: Sequence[dict[str, Any]],
+    class_names: Sequence[str],
+    keys: tuple[str, str] = ('image', 'label'),
+  ):
+    """Reads nothing yet.
 
     Args:
-      name: for `repr`.
-      records: gives dicts with 'image', encoded bytes, and 'label'.
+      name: for `repr`, and for errors.
+      records: give dicts with an encoded image (bytes, or a dict of `bytes` and
+        `path`) and a label.
+      class_names: of the labels.
+      keys: of image and label in a record.
     """
     self._name = name
     self._records = records
+    self._keys = keys
+    self.class_names = tuple(class_names)
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Example:
     record = self._records[index]
-    # ImageNet has a few grey and CMYK files.
-    image = Image.open(io.BytesIO(record['image'])).convert('RGB')
-    return Example(image=np.asarray(image), label=int(record['label']))
+    image, label = (record[key] for key in self._keys)
+    if isinstance(image, dict):
+      if image['bytes'] is None:
+        picture = decoding.from_file(image['path'])
+        return Example(image=picture, label=int(label))
+      image = image['bytes']
+    picture = decoding.Picture(image, f'image {index} of {self._name}')
+    return Example(image=picture, label=int(label))
 
   def __repr__(self) -> str:
-    return f'TfdsSource({self._name})'
+    return f'EncodedSource({self._name})'
 
 
 class Subset:
@@ -264,19 +326,33 @@ class Subset:
   def __getitem__(self, index: int) -> Example:
     return self._source[int(self._indices[index])]
 
+  def __getattr__(self, name: str):
+    if name == 'class_names':
+      return self._source.class_names
+    raise AttributeError(name)
+
   def __repr__(self) -> str:
     return f'Subset({self._source!r}, {len(self)} of {len(self._source)})'
 
 
-def _parse_name(name: str, data_dir: str | None) -> tuple[str, pathlib.Path]:
-  """Splits 'idx:DIR', checks the name and settles where the data are."""
-  kind, _, folder = name.partition(':')
-  if kind == 'idx' and (folder or data_dir):
-    return kind, pathlib.Path(paths.expanded(folder or data_dir))
-  if name != 'digits' and name not in _TFDS:
+def _parse_name(
+  name: str, data_dir: str | None
+) -> tuple[str, str, pathlib.Path]:
+  """Returns a name's kind, what follows it, and where the data are."""
+  kind, _, rest = name.partition(':')
+  if name == 'digits':
+    return name, '', pathlib.Path()
+  if kind in ('idx', 'imagefolder', 'hf') and (rest or data_dir):
+    return kind, '', pathlib.Path(paths.expanded(rest or data_dir))
+  if name in _TFDS:
+    kind, rest = 'tfds', name
+  if kind == 'tfds' and rest:
+    default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+    return kind, rest, pathlib.Path(paths.expanded(data_dir or default))
+  is_own = all(part.isidentifier() for part in [*kind.split('.'), rest])
+  if not is_own or kind in ('digits', *_TFDS):
     raise ValueError(f'Unknown data set {name!r}; known: {", ".join(_KNOWN)}.')
-  default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-  return name, pathlib.Path(paths.expanded(data_dir or default))
+  return kind, rest, pathlib.Path()
 
 
 @functools.lru_cache(maxsize=1)
@@ -345,58 +421,186 @@ def _find_idx(folder: pathlib.Path, stem: str, num_dims: int) -> pathlib.Path:
   )
 
 
+@functools.lru_cache(maxsize=4)
+def _load_own(module: str, function: str, split: str) -> Source:
+  """Calls a user's function."""
+  name = f'{module}:{function}'
+  try:
+    make = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError) as error:
+    raise ImportError(
+      f'dataset.name={name!r}: {error}. Expected a function of a module that'
+      ' can be imported from here (PYTHONPATH).'
+    ) from error
+  source = make(split)
+  if not (hasattr(source, '__len__') and hasattr(source, '__getitem__')):
+    raise ValueError(
+      f'{name}({split!r}) returned a {type(source).__name__}; expected an'
+      ' object with a length, that gives a dict of image and label for an'
+      ' index.'
+    )
+  return source
+
+
 @functools.lru_cache(maxsize=8)
-def _load_tfds(name: str, folder: pathlib.Path, split: str) -> TfdsSource:
+def _load_hugging_face(
+  path: pathlib.Path, split: str, test_share: float
+) -> Source:
+  """Opens one split of a data set that `datasets` has saved to disk."""
+  try:
+    # Imported here: an option.
+    import datasets
+  except ImportError as error:
+    raise ImportError(
+      "hf:DIR needs the package datasets: pip install -e '.[hf]'."
+    ) from error
+  try:
+    found = datasets.load_from_disk(str(path))
+  except FileNotFoundError as error:
+    raise DatasetNotFoundError(
+      f'No data set in {path}: expected what save_to_disk of Hugging Face'
+      f' datasets has written. {error}\n{_RUN_EMBEDDED}'
+    ) from error
+  splits = {'train': found} if not isinstance(found, dict) else dict(found)
+
+  def open_split(name):
+    records = splits[name]
+    images, labels = (
+      [k for k, column in records.features.items() if isinstance(column, kind)]
+      for kind in (datasets.Image, datasets.ClassLabel)
+    )
+    if len(images) != 1 or len(labels) != 1:
+      raise ValueError(
+        f'{path} has the image columns {images} and the label columns {labels};'
+        ' expected one of each: select_columns, and cast the label to'
+        ' ClassLabel.'
+      )
+    names = records.features[labels[0]].names
+    records = records.cast_column(images[0], datasets.Image(decode=False))
+    keys = images[0], labels[0]
+    return EncodedSource(f'{path}, {name}', records, names, keys)
+
+  return _split_of(str(path), splits, split, open_split, test_share)
+
+
+def _split_of(
+  where: str,
+  splits: Sequence[str],
+  split: str,
+  open_split: Callable[[str], Source],
+  test_share: float,
+) -> Source:
+  """Opens the train split, or the one to test, whatever it is called."""
+  if 'train' not in splits:
+    raise DatasetNotFoundError(
+      f'The copy in {where} has no split train, only {sorted(splits)}.'
+    )
+  tests = [name for name in ('test', 'validation') if name in splits]
+  if tests:
+    return open_split('train' if split == 'train' else tests[0])
+  source = open_split('train')
+  is_test = np.array(
+    [folder.share_of(str(i)) < test_share for i in range(len(source))]
+  )
+  return Subset(source, np.flatnonzero(is_test == (split == 'test')))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tfds(
+  name: str, path: pathlib.Path, split: str, test_share: float
+) -> Source:
   """Opens one split of the newest array_record copy under a folder."""
   # Imported here: the other sources do without it.
   import tensorflow_datasets as tfds
 
-  builder = _find_array_record_copy(name, folder)
-  tfds_split = _TFDS[name].test_split if split == 'test' else split
-  if tfds_split not in builder.info.splits:
-    raise DatasetNotFoundError(
-      f'The copy in {builder.data_dir} has no split {tfds_split!r}, only'
-      f' {sorted(builder.info.splits)}.\n{_how_to_prepare(name, folder)}'
+  builder = _find_array_record_copy(name, path)
+  image, label = _tfds_keys(name, builder.info)
+  splits = list(builder.info.splits)
+  if name in _TFDS:
+    expected = _TFDS[name].test_split if split == 'test' else split
+    if expected not in splits:
+      raise DatasetNotFoundError(
+        f'The copy in {builder.data_dir} has no split {expected!r}, only'
+        f' {sorted(splits)}.\n{_how_to_prepare(name, path)}'
+      )
+    # ImageNet's own test split has no labels.
+    splits = ['train', expected]
+
+  def open_split(tfds_split):
+    records = builder.as_data_source(
+      tfds_split,
+      decoders={image: tfds.decode.SkipDecoding()},
+      file_format='array_record',
     )
-  records = builder.as_data_source(
-    tfds_split,
-    decoders={'image': tfds.decode.SkipDecoding()},
-    file_format='array_record',
+    return EncodedSource(
+      f'{builder.data_dir}, {tfds_split}',
+      records,
+      builder.info.features[label].names,
+      (image, label),
+    )
+
+  return _split_of(str(builder.data_dir), splits, split, open_split, test_share)
+
+
+def _tfds_keys(name, info) -> tuple[str, str]:
+  """The features of a data set that are its image and its label."""
+  import tensorflow_datasets as tfds
+
+  found = tuple(
+    [key for key, feature in info.features.items() if isinstance(feature, kind)]
+    for kind in (tfds.features.Image, tfds.features.ClassLabel)
   )
-  return TfdsSource(f'{builder.data_dir}, {tfds_split}', records)
+  keys = info.supervised_keys or ()
+  for i, candidates in enumerate(found):
+    if len(candidates) > 1:
+      found[i][:] = [key for key in candidates if key in keys]
+  if [len(candidates) for candidates in found] != [1, 1]:
+    raise ValueError(
+      f'tfds:{name} has the features {sorted(info.features)}: expected one'
+      ' image and one class label.'
+    )
+  return found[0][0], found[1][0]
 
 
-def _find_array_record_copy(name: str, folder: pathlib.Path):
+def _find_array_record_copy(name: str, folder_path: pathlib.Path):
   """The TFDS builder of the newest version that gives random access."""
   import tensorflow_datasets as tfds
 
+  place, _, wanted = name.partition(':')
   versions = [
     path.parent.name
-    for path in (folder / name).glob('*/dataset_info.json')
+    for path in (folder_path / place).glob('*/dataset_info.json')
     if tfds.core.Version.is_valid(path.parent.name)
+    and wanted in ('', path.parent.name)
   ]
   if not versions:
     raise DatasetNotFoundError(
       f'Data set {name!r} not found (looked for'
-      f' {folder / name}/VERSION/dataset_info.json).\n'
-      f'{_how_to_prepare(name, folder)}'
+      f' {folder_path / place}/{wanted or "VERSION"}/dataset_info.json).\n'
+      f'{_how_to_prepare(name, folder_path)}'
     )
   for version in sorted(versions, key=tfds.core.Version, reverse=True):
-    builder = tfds.builder_from_directory(folder / name / version)
+    builder = tfds.builder_from_directory(folder_path / place / version)
     formats = {form.value for form in builder.info.available_file_formats()}
     if 'array_record' in formats:
       return builder
   raise DatasetNotFoundError(
     f'The copy in {builder.data_dir} is {", ".join(sorted(formats))}, which'
-    ' gives no random access; an array_record copy is needed, in a data_dir'
-    f' of its own.\n{_how_to_prepare(name, "DIR")}'
+    ' gives no random access; an array_record copy is needed. Make one of it'
+    ' (needs TensorFlow: pip install -e ".[tf]"):\n'
+    f'  tfds convert_format --dataset_version_dir={builder.data_dir}'
+    f' --out_file_format=array_record --out_dir=DIR/{place}/{version}\n'
+    'and set dataset.data_dir=DIR; or build it anew.\n'
+    f'{_how_to_prepare(name, "DIR")}'
   )
 
 
-def _how_to_prepare(name: str, folder: pathlib.Path | str) -> str:
+def _how_to_prepare(name: str, folder_path: pathlib.Path | str) -> str:
   """Tells how to get an array_record copy, and how to do without."""
-  command = f'tfds build {name} --file_format=array_record --data_dir={folder}'
-  manual_files = _TFDS[name].manual_files
+  command = (
+    f'tfds build {name} --file_format=array_record --data_dir={folder_path}'
+  )
+  manual_files = _TFDS[name].manual_files if name in _TFDS else ()
   if manual_files:
     command += ' --manual_dir=MANUAL_DIR'
   lines = [

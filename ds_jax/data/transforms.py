@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from ds_jax.data import decoding
+
 _BOX_TRIES = 10
 _FILTERS = {
   'bilinear': Image.Resampling.BILINEAR,
@@ -24,16 +26,17 @@ INTERPOLATIONS = tuple(_FILTERS)
 
 
 def resize(
-  image: np.ndarray,
+  image: np.ndarray | decoding.Picture,
   height: int,
   width: int,
   interpolation: str = 'bilinear',
-  box: tuple[float, float, float, float] | None = None,
+  box: decoding.Box | None = None,
 ) -> np.ndarray:
   """Resizes an image, or a part of it; a smaller result is antialiased.
 
   Args:
-    image: uint8 (H, W, 3).
+    image: uint8 (H, W, 3), or a picture, which is decoded at a reduced scale
+      where the part has more pixels than the result.
     height: of the result.
     width: of the result.
     interpolation: one of `INTERPOLATIONS`.
@@ -44,21 +47,29 @@ def resize(
     uint8 (height, width, 3).
 
   Raises:
+    ImageError: for a picture that can't be read.
     ValueError: for an image without pixels.
   """
-  if not image.size:
+  if not min(image.shape):
     raise ValueError(
       f'An image of {image.shape[0]} x {image.shape[1]} pixels: expected at'
       ' least 1 x 1.'
     )
-  resized = Image.fromarray(image).resize(
-    (width, height), _FILTERS[interpolation], box
-  )
+  source, box = _source(image, box, (width, height))
+  resized = source.resize((width, height), _FILTERS[interpolation], box)
   return np.asarray(resized)
 
 
+def _source(image, box, size) -> tuple[Image.Image, decoding.Box]:
+  """Returns what Pillow resizes, and the place of the box in that."""
+  box = box or (0, 0, *image.shape[1::-1])
+  if isinstance(image, decoding.Picture):
+    return image.image(box, size)
+  return Image.fromarray(image), box
+
+
 def center_crop_resize(
-  image: np.ndarray,
+  image: np.ndarray | decoding.Picture,
   size: int,
   crop_ratio: float,
   interpolation: str = 'bilinear',
@@ -69,7 +80,7 @@ def center_crop_resize(
   resized, may not fit into memory.
 
   Args:
-    image: uint8 (H, W, 3).
+    image: uint8 (H, W, 3), or a picture.
     size: S, side of the result.
     crop_ratio: share of the short side that is kept; 0.875 is usual for
       ImageNet.
@@ -96,7 +107,7 @@ def center_crop_resize(
 
 
 def for_evaluation(
-  image: np.ndarray,
+  image: np.ndarray | decoding.Picture,
   size: int,
   crop_ratio: float = 1.0,
   interpolation: str = 'bilinear',
@@ -104,7 +115,7 @@ def for_evaluation(
   """Brings an image to the model's size as evaluation and prediction do.
 
   Args:
-    image: uint8 (H, W, 3).
+    image: uint8 (H, W, 3), or a picture.
     size: S, side of the result.
     crop_ratio: as in `center_crop_resize`.
     interpolation: one of `INTERPOLATIONS`.
@@ -117,7 +128,8 @@ def for_evaluation(
     ValueError: for an image without pixels.
   """
   if image.shape[:2] == (size, size):
-    return image
+    is_picture = isinstance(image, decoding.Picture)
+    return image.pixels() if is_picture else image
   return center_crop_resize(image, size, crop_ratio, interpolation)
 
 
@@ -145,7 +157,7 @@ def random_crop(
 
 
 def random_resized_crop(
-  image: np.ndarray,
+  image: np.ndarray | decoding.Picture,
   rng: np.random.Generator,
   size: int,
   scale: tuple[float, float] = (0.08, 1.0),
@@ -157,7 +169,7 @@ def random_resized_crop(
   Szegedy et al., "Going deeper with convolutions" (2015), section 6.
 
   Args:
-    image: uint8 (H, W, 3).
+    image: uint8 (H, W, 3), or a picture.
     rng: gives the crop.
     size: S, side of the result.
     scale: range of the crop's share of the image's area.
@@ -170,8 +182,13 @@ def random_resized_crop(
   top, left, height, width = _resized_crop_box(
     image.shape[0], image.shape[1], rng, scale, ratio
   )
-  crop = image[top : top + height, left : left + width]
-  return resize(crop, size, size, interpolation)
+  box = left, top, left + width, top + height
+  source, box = _source(image, box, (size, size))
+  # Without what is around it, which a resized part would take a little of.
+  outer = (*map(math.floor, box[:2]), *map(math.ceil, box[2:]))
+  inner = [x - outer[i % 2] for i, x in enumerate(box)]
+  crop = source.crop(outer).resize((size, size), _FILTERS[interpolation], inner)
+  return np.asarray(crop)
 
 
 def random_box(

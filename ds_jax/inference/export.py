@@ -8,6 +8,7 @@ tiles of the dispatch are; a last batch is filled up.
 Axes: N images, B images a call, R runs, C classes.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -18,13 +19,12 @@ import numpy as np
 from flax import serialization
 
 from ds_jax import compiler, paths, routing
+from ds_jax.inference import batching
 from ds_jax.inference import images as images_lib
 from ds_jax.inference import predictor as predictors
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
-_FORMAT = 'ds_jax routed network 2'
-# Batches that a device has while the next is prepared.
-_UNDER_WAY = 2
+_FORMAT = 'ds_jax routed network 3'
 
 
 def save(
@@ -79,9 +79,11 @@ def save(
     'arrays': {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)},
     'platform': platform,
     'batch_size': batch_size,
-    'image_size': size,
-    'crop_ratio': predictor.crop_ratio,
-    'interpolation': predictor.interpolation,
+    'preparation': {
+      **dataclasses.asdict(predictor.preparation),
+      'background': list(predictor.preparation.background),
+    },
+    'class_names': list(predictor.class_names or ()),
     'trunk_madds': int(costs.trunk),
     'branch_madds': costs.branches,
     'buckets': np.asarray(costs.indices),
@@ -94,7 +96,8 @@ class Exported:
 
   Attributes:
     batch_size: B, images of a call on the device.
-    image_size: what images are resized to.
+    preparation: how images are brought to what the network takes.
+    class_names: of the labels; None where they are not known.
     costs: multiply-adds of the trunk and of every bucket's branch.
   """
 
@@ -117,14 +120,13 @@ class Exported:
         f' {platform}: export it with platform={platform!r}.'
       )
     self.batch_size = content['batch_size']
-    self.image_size = content['image_size']
+    self.preparation = images_lib.Preparation(**content['preparation'])
     self.costs = routing.BucketCosts(
       content['trunk_madds'],
       content['branch_madds'],
       tuple(content['buckets'].tolist()),
     )
-    self._crop_ratio = content['crop_ratio']
-    self._interpolation = content['interpolation']
+    self.class_names = tuple(content['class_names']) or None
     arrays = content['arrays']
     leaves = jax.device_put([arrays[str(i)] for i in range(len(arrays))])
     exported = jax.export.deserialize(bytearray(content['program']))
@@ -136,27 +138,22 @@ class Exported:
     """Classifies images, B at a time.
 
     Args:
-      images: (N, H, W, 3) or (N, H, W, 1) uint8, as for `Predictor`.
+      images: as for `Predictor`.
 
     Raises:
       ValueError: for images of another kind.
     """
-    images = images_lib.prepare_images(
-      images, self.image_size, self._crop_ratio, self._interpolation
+    items = images_lib.listed(images)
+    sizes = [self.batch_size] * -(-len(items) // self.batch_size)
+    routed = batching.run(
+      items,
+      sizes,
+      self.preparation.all,
+      lambda batch: self._call(jax.device_put(batch)),
     )
-    results = []
-    for i in range(0, len(images), self.batch_size):
-      batch = images[i : i + self.batch_size]
-      missing = self.batch_size - len(batch)
-      if missing:
-        batch = np.concatenate([batch, batch[:1].repeat(missing, axis=0)])
-      results.append(self._call(jax.device_put(batch)))
-      if len(results) >= _UNDER_WAY:
-        # Its images need not stay on the device.
-        jax.block_until_ready(results[-_UNDER_WAY])
-    parts = zip(*jax.device_get(results), strict=True)
-    routed = (np.concatenate(part)[: len(images)] for part in parts)
-    return predictors.prediction_of(routing.Routed(*routed), self.costs)
+    return predictors.prediction_of(
+      routing.Routed(*routed), self.costs, self.class_names
+    )
 
 
 def load(path: str | os.PathLike) -> Exported:

@@ -3,9 +3,11 @@
 Axes: N images, H, W, K buckets, C classes.
 """
 
+import concurrent.futures
 import copy
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,37 +24,86 @@ from ds_jax import (
   routing,
   validation,
 )
+from ds_jax.inference import batching
 from ds_jax.inference import images as images_lib
 from ds_jax.inference import parts as parts_lib
 
+# Lines of a prediction's table.
+_MAX_LINES = 10
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Prediction:
   """What the network says of each image, and what that cost.
+
+  It prints as a table of the first few.
 
   Attributes:
     logits: (N, C) float32.
     labels: (N,) int32, the largest logit.
     buckets: (N,) int32, the index of the sub-network whose answer it is.
     madds: (N,) int64, multiply-adds spent, on all sub-networks that ran.
+    class_names: C, of the labels; None where they are not known.
   """
 
   logits: np.ndarray
   labels: np.ndarray
   buckets: np.ndarray
   madds: np.ndarray
+  class_names: tuple[str, ...] | None = None
+
+  @property
+  def probabilities(self) -> np.ndarray:
+    """(N, C) float32, the softmax of the logits."""
+    shifted = self.logits - self.logits.max(-1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+  def name_of(self, label: int) -> str:
+    """Returns a class's name, or its number where that is not known."""
+    return str(label) if self.class_names is None else self.class_names[label]
+
+  def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+    """Returns for each image the k most probable classes, the first first.
+
+    Args:
+      k: at most C are given.
+
+    Returns:
+      N lists of a class's name and its probability.
+    """
+    probabilities = self.probabilities
+    order = np.argsort(-probabilities, axis=-1, kind='stable')[:, :k]
+    return [
+      [(self.name_of(label), float(row[label])) for label in labels]
+      for labels, row in zip(order, probabilities, strict=True)
+    ]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __repr__(self) -> str:
+    lines = [f'{"class":24} {"probability":>11} {"bucket":>6} {"MAdds":>15}']
+    first = zip(self.top(1), self.buckets, self.madds, strict=True)
+    for i, ([(name, probability)], bucket, madds) in enumerate(first):
+      if i == _MAX_LINES:
+        lines.append(f'... {len(self) - i} more')
+        break
+      lines.append(f'{name:24} {probability:11.3f} {bucket:6} {madds:15,}')
+    return '\n'.join(lines)
 
 
 class Predictor:
   """`predictor(images)` routes every image to the bucket that will do.
 
-  Each batch shape compiles once, into one program that holds every branch.
+  Images run in batches of a few sizes, powers of two. Each size compiles once,
+  into one program that holds every branch. Threads may call it at the same
+  time.
 
   Attributes:
     model: the network, weights included.
-    image_size: what images are resized to.
-    crop_ratio: share of the short side kept of images of another size.
-    interpolation: how these are resized.
+    preparation: how images are brought to what the network takes.
+    class_names: of the labels; None where they are not known.
     router: which buckets run for an image; see `with_budget`.
     costs: multiply-adds of the trunk and of every bucket's branch.
     parts: the network, for those who route by themselves.
@@ -68,6 +119,8 @@ class Predictor:
     std: Sequence[float],
     crop_ratio: float = 1.0,
     interpolation: str = 'bilinear',
+    background: tuple[int, int, int] = (255, 255, 255),
+    class_names: Sequence[str] | None = None,
     has_gate: bool = True,
     gate_target: routing.GateTarget | None = None,
     held_out: routing.Outcomes | None = None,
@@ -82,6 +135,8 @@ class Predictor:
       std: of the channels, in units of pixel / 255.
       crop_ratio: share of the short side kept of images of another size.
       interpolation: `bilinear` or `bicubic`, how these are resized.
+      background: R, G, B that is seen through what is transparent.
+      class_names: of the labels.
       has_gate: whether the slimming head is trained.
       gate_target: what the gate was trained for; None means an SGS gate that
         spends what it was trained to.
@@ -92,12 +147,17 @@ class Predictor:
         weights and slice them in every call.
     """
     self.model = model
-    self.image_size = image_size
+    self.preparation = images_lib.Preparation(
+      image_size, crop_ratio, interpolation, tuple(background)
+    )
+    self.class_names = None if class_names is None else tuple(class_names)
+    self._sizes = batching.Sizes()
+    self._threads = concurrent.futures.ThreadPoolExecutor(
+      os.cpu_count(), thread_name_prefix='ds_jax_decode'
+    )
     # Workdir, step and presliced, where it was restored.
     self._source: tuple[str, int, bool] | None = None
     self._has_gate = has_gate
-    self.crop_ratio = crop_ratio
-    self.interpolation = interpolation
     self._gate_target = gate_target or routing.GateTarget()
     self._held_out = held_out
     self._variables = models.variables_of(model)
@@ -120,6 +180,7 @@ class Predictor:
     self._run = jax.jit(
       _run, static_argnames=('parts', 'subnet'), compiler_options=options
     )
+    self._pool = jax.jit(self._pooled, static_argnames='subnet')
 
   @classmethod
   def restore(
@@ -148,6 +209,8 @@ class Predictor:
       std=meta['std'],
       crop_ratio=meta['crop_ratio'],
       interpolation=meta['interpolation'],
+      background=meta.get('background', (255, 255, 255)),
+      class_names=meta.get('class_names'),
       has_gate=meta['has_gate'],
       gate_target=routing.GateTarget(**meta.get('gate_target', {})),
       held_out=routing.images_held_out(restored.tree),
@@ -237,15 +300,19 @@ class Predictor:
       )
     return [indices.index(bucket) for bucket in ladder]
 
-  def __call__(
-    self, images: np.ndarray, subnet: int | None = None
-  ) -> Prediction:
-    """Classifies a batch.
+  @property
+  def image_size(self) -> int:
+    """S, the side of what the network takes, in pixels."""
+    return self.preparation.image_size
+
+  def __call__(self, images: Any, subnet: int | None = None) -> Prediction:
+    """Classifies images.
 
     Args:
-      images: (N, H, W, 3) or (N, H, W, 1) uint8, or a list of (H, W, 3) or
-        (H, W, 1), of any sizes. Those of another size than `image_size` are
-        brought to it as evaluation does.
+      images: (N, H, W, 3) or (N, H, W, 1) uint8; a path, a folder, the content
+        of a file or an image of Pillow; or a list of any of these, arrays
+        without N. Those of another size than `image_size` are brought to it as
+        evaluation does.
       subnet: the index of the sub-network to run for every image, a bucket of
         the gate or not. None leaves it to the router.
 
@@ -253,17 +320,57 @@ class Predictor:
       The prediction, on the host.
 
     Raises:
+      ImageError: for a file that can't be read; it is a ValueError.
+      OSError: for a path that does not exist.
       ValueError: for images of another kind, a `subnet` that does not exist,
         or a gate that is not trained yet.
     """
-    images = images_lib.prepare_images(
-      images, self.image_size, self.crop_ratio, self.interpolation
-    )
     if subnet is not None:
-      return self._run_one(images, subnet)
+      chosen = self._sub_network(subnet)
+      logits = self._in_batches(images, ('run', chosen), self.program(subnet))
+      routed = routing.Routed(np.zeros((len(logits), 1), np.int32), logits)
+      return prediction_of(routed, self._costs_alone(chosen), self.class_names)
     self._check_gate()
-    routed = jax.device_get(self.program()(jax.device_put(images)))
-    return prediction_of(routed, self.costs)
+    kind = 'route', jax.tree.structure(self.router)
+    routed = self._in_batches(images, kind, self.program())
+    return prediction_of(routed, self.costs, self.class_names)
+
+  def features(self, images: Any, subnet: int | None = None) -> np.ndarray:
+    """Returns what the classifier reads, for a head or an index of one's own.
+
+    Args:
+      images: as in `__call__`.
+      subnet: of which sub-network, by its index; None means the widest.
+
+    Returns:
+      (N, c) float32, the average over all places, or a ViT's class token.
+
+    Raises:
+      ValueError: as in `__call__`.
+    """
+    index = self.model.widest.index if subnet is None else subnet
+    chosen = self._sub_network(index)
+    pool = functools.partial(self._pool, self._variables, subnet=chosen)
+    return self._in_batches(images, ('pool', chosen), pool)
+
+  def _in_batches(self, images, kind, program):
+    items = images_lib.listed(images)
+
+    def prepare(some):
+      return self.preparation.all(some, self._threads.map)
+
+    def call(batch):
+      return self._sizes.run(
+        kind, len(batch), lambda: program(jax.device_put(batch))
+      )
+
+    sizes = self._sizes.plan(kind, len(items))
+    return batching.run(items, sizes, prepare, call)
+
+  def _pooled(self, variables, images, subnet):
+    model = models.Architecture(self.model).bind(variables)
+    trunk = model.trunk(self._normalize(images), subnet)
+    return model.pooled(trunk, subnet)
 
   def program(self, subnet: int | None = None) -> Callable[[jax.Array], Any]:
     """Returns the compiled part of a prediction, whose results stay on device.
@@ -328,13 +435,6 @@ class Predictor:
     branches = np.asarray([branch.madds], np.int64)
     return routing.BucketCosts(trunk.madds, branches, (chosen.index,))
 
-  def _run_one(self, images, subnet) -> Prediction:
-    run = self.program(subnet)
-    logits = jax.device_get(run(jax.device_put(images)))
-    only = np.zeros((len(images), 1), np.int32)
-    costs = self._costs_alone(self._sub_network(subnet))
-    return prediction_of(routing.Routed(only, logits), costs)
-
   def _check_gate(self):
     if self.router.uses_gate and not self._has_gate:
       raise ValueError(
@@ -360,7 +460,9 @@ def _restored_with(workdir, step, presliced, router) -> Predictor:
 
 
 def prediction_of(
-  routed: routing.Routed, costs: routing.BucketCosts
+  routed: routing.Routed,
+  costs: routing.BucketCosts,
+  class_names: tuple[str, ...] | None = None,
 ) -> Prediction:
   """Returns what images that went through a router are, all on the host."""
   last = routing.last_bucket(routed.runs, len(costs.branches))
@@ -369,6 +471,7 @@ def prediction_of(
     routed.logits.argmax(-1).astype(np.int32),
     np.asarray(costs.indices, np.int32)[last],
     costs.of_runs(routed.runs),
+    class_names,
   )
 
 

@@ -62,8 +62,8 @@ def split(
     x: the input, arrays or `jax.ShapeDtypeStruct`s.
 
   Raises:
-    PreparationError: if jaxprs are not as they are in JAX 0.10 to 0.12, which no
-      release promises.
+    PreparationError: if jaxprs are not as they are in JAX 0.10 to 0.12, which
+      no release promises.
   """
   closed = jax.make_jaxpr(function)(weights, x)
   try:

@@ -175,6 +175,18 @@ class SlicedNetwork(nnx.Module):
     rng: jax.Array | None = None,
   ) -> jax.Array:
     """Runs the rest, from the gate's features to logits."""
+    pooled = self.pooled(features, subnet, momentum=momentum, rng=rng)
+    return self.classifier(self._dropout(pooled, rng))
+
+  def pooled(
+    self,
+    features: Features,
+    subnet: subnets.Subnet,
+    *,
+    momentum: float | jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Runs the rest but for the classifier; returns what that reads (N, c)."""
     raise NotImplementedError
 
   def shares_trunk(self, subnet: subnets.Subnet) -> bool:

@@ -244,16 +244,16 @@ class MobileNet(base.SlicedNetwork):
       return self.slim(features, momentum)
     return self.stages[self.gate_stage][0].gate.logits(features)
 
-  def branch(self, features, subnet, *, momentum=None, rng=None):
+  def pooled(self, features, subnet, *, momentum=None, rng=None):
     """See `SlicedNetwork`."""
+    del rng
     x, row = features, subnet.index
     for i in range(self.gate_stage, len(self.stages)):
       for j, block in enumerate(self.stages[i]):
         if i > self.gate_stage or j > 0:
           x = block.extract(x, subnet.stages[i].kernel, row, momentum)
         x = block.project(x, subnet.stages[i].width, row, momentum)
-    x = x.astype(jnp.float32).mean((1, 2))
-    return self.classifier(self._dropout(x, rng))
+    return x.astype(jnp.float32).mean((1, 2))
 
   def cost_in_parts(self, subnet, image_size):
     """See `SlicedNetwork`."""

@@ -263,13 +263,13 @@ class ResNet(base.SlicedNetwork):
     """See `SlicedNetwork`."""
     return self.slim(features, momentum)
 
-  def branch(self, features, subnet, *, momentum=None, rng=None):
+  def pooled(self, features, subnet, *, momentum=None, rng=None):
     """See `SlicedNetwork`."""
+    del rng
     x = features
     for i in range(self.gate_stage, len(self.stages)):
       x = self._run_stage(i, x, subnet, subnet.index, momentum)
-    x = x.astype(jnp.float32).mean((1, 2))
-    return self.classifier(self._dropout(x, rng))
+    return x.astype(jnp.float32).mean((1, 2))
 
   def _run_stage(self, stage, x, subnet, row, momentum):
     stage_slice = subnet.stages[stage]

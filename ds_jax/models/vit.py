@@ -300,15 +300,14 @@ class VisionTransformer(base.SlicedNetwork):
     """See `SlicedNetwork`."""
     return self.slim(features, momentum)
 
-  def branch(self, features, subnet, *, momentum=None, rng=None):
+  def pooled(self, features, subnet, *, momentum=None, rng=None):
     """See `SlicedNetwork`."""
     del momentum
     x = features
     for i in range(self.gate_stage, len(self.stages)):
       x = self._run_stage(i, x, subnet, rng)
     x = self.norm(x).astype(jnp.float32)
-    x = x.mean(1) if self.class_token is None else x[:, 0]
-    return self.classifier(self._dropout(x, rng))
+    return x.mean(1) if self.class_token is None else x[:, 0]
 
   def with_fused_attention(self, fused):
     """See `SlicedNetwork`."""

@@ -130,29 +130,44 @@ class Run:
       HostError: if the processes don't run the same.
     """
     self._workdir = _local_path(workdir)
-    self._experiment = config_lib.Experiment.from_config(config)
-    self._gate_target = routing.GateTarget(
-      self._experiment.gate.target, self._experiment.gate.target_madds
+    given = config_lib.Experiment.from_config(config)
+    self._info = _dataset_info(given)
+    saved = checkpoint.newest_meta(checkpoint.directory_of(workdir))
+    self._experiment = warm_start.with_statistics(
+      phases.with_classes(given, self._info), saved
     )
-    config = resume.flatten(dataclasses.asdict(self._experiment))
+    # Statistics as they were given: None goes by the weights.
+    self._config = dataclasses.asdict(
+      dataclasses.replace(self._experiment, dataset=given.dataset)
+    )
+    self._bad_images = data.BadImages()
     hosts.check_same_run(
-      {k: v for k, v in config.items() if k not in resume.FREE_FIELDS}
+      {
+        k: v
+        for k, v in resume.flatten(self._config).items()
+        if k not in resume.FREE_FIELDS
+      }
     )
+    phases.check_dataset(self._experiment, self._info)
     try:
       self._executor = parallel.Executor(self._experiment.parallel)
       self._executor.check_batch_size(self._experiment.micro_batch_size)
       self._model = models.create_model(
         **{'seed': self._experiment.seed, **self._experiment.model}
       )
+      self._experiment = phases.with_target(self._experiment, self._model)
       self.phases = phases.make_phases(
         self._experiment, self._model, self._executor
       )
       hosts.check_same_images(data.num_images(self._experiment.dataset))
+      self._gate_target = routing.GateTarget(
+        self._experiment.gate.target, self._experiment.gate.target_madds
+      )
     except ValueError as error:
       raise config_lib.ConfigError(str(error)) from error
     self._evaluator = evaluation.Evaluator(
       self._model,
-      data.normalizer(self._experiment.dataset.name),
+      data.normalizer(self._experiment.dataset),
       self._executor,
     )
     self._checkpointer = checkpoint.Checkpointer(
@@ -185,6 +200,11 @@ class Run:
 
   def __exit__(self, *exc_info) -> None:
     self._resources.close()
+    if self._bad_images:
+      logging.warning(
+        '%d images could not be read and were skipped; each is named above.',
+        len(self._bad_images),
+      )
 
   def overview(self) -> str:
     """Returns the model's parameters as a table."""
@@ -232,8 +252,11 @@ class Run:
     position = Position(**restored.meta['position'])
     resume.check_same_config(
       restored.meta['config'],
-      dataclasses.asdict(self._experiment),
+      self._config,
       phases.NAMES[: position.phase + 1],
+    )
+    resume.check_same_classes(
+      restored.meta.get('class_names'), self._info.class_names
     )
     logging.info(
       'Resuming %s at step %d, from %s.',
@@ -330,6 +353,7 @@ class Run:
         state.network, router, self._eval_batches()
       ),
     )
+    results = {**results, 'class_names': list(self._info.class_names)}
     if jax.process_index() == 0:
       evaluation.write(results, self._workdir)
       logging.info(
@@ -408,7 +432,7 @@ class Run:
         'position': dataclasses.asdict(done),
         'phase': (*phases.NAMES, _TRAINED)[done.phase],
         'has_gate': self._has_gate(done),
-        'config': dataclasses.asdict(self._experiment),
+        'config': self._config,
         'versions': hosts.versions(),
         **self._prediction_meta(),
       },
@@ -418,12 +442,14 @@ class Run:
   def _prediction_meta(self) -> dict[str, Any]:
     """Returns what a `Predictor` needs to know beside the arrays."""
     experiment = self._experiment
-    mean, std = data.channel_statistics(experiment.dataset.name)
+    mean, std = data.channel_statistics(experiment.dataset)
     return {
       'model': experiment.model,
+      'class_names': self._info.class_names,
       'image_size': experiment.dataset.image_size,
       'crop_ratio': experiment.dataset.crop_ratio,
       'interpolation': experiment.dataset.interpolation,
+      'background': experiment.dataset.background,
       'mean': mean,
       'std': std,
       'gate_target': dataclasses.asdict(self._gate_target),
@@ -446,6 +472,7 @@ class Run:
     return data.train_batches(
       dataset,
       **of_phase[phase],
+      bad_images=self._bad_images,
       # Every phase has an order of its own.
       seed=experiment.seed * len(phases.NAMES) + position.phase,
       start_step=position.step,
@@ -458,6 +485,7 @@ class Run:
       part,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      bad_images=self._bad_images,
     ):
       self._watchdog.reset()
       yield batch
@@ -510,6 +538,13 @@ class _Progress:
       'images_per_second': pace * self._batch_size,
       'eta_seconds': (self._num_steps - step) / pace,
     }
+
+
+def _dataset_info(experiment: config_lib.Experiment) -> data.DatasetInfo:
+  try:
+    return data.dataset_info(experiment.dataset)
+  except (ImportError, ValueError) as error:
+    raise config_lib.ConfigError(str(error)) from error
 
 
 def _local_path(workdir: str) -> pathlib.Path:

@@ -4,6 +4,7 @@ Each is an object with `init(variables) -> state` and `step(state, batch, step)
 -> state, scalars`; what it makes of the network is `state.network`.
 """
 
+import dataclasses
 import sys
 
 from absl import logging
@@ -15,12 +16,38 @@ from ds_jax.train import calibrate, gate, supernet
 NAMES = ('supernet', 'calibrate', 'gate')
 
 
-def check_dataset(experiment: config_lib.Experiment) -> None:
+def with_classes(
+  experiment: config_lib.Experiment, info: data.DatasetInfo
+) -> config_lib.Experiment:
+  """Returns the experiment with the data set's classes where it says None."""
+  if experiment.model.get('num_classes', 1000) is not None:
+    return experiment
+  model = {**experiment.model, 'num_classes': info.num_classes}
+  return dataclasses.replace(experiment, model=model)
+
+
+def with_target(
+  experiment: config_lib.Experiment, model
+) -> config_lib.Experiment:
+  """Returns the experiment with `gate.target_fraction` in MAdds."""
+  fraction = experiment.gate.target_fraction
+  if fraction is None:
+    return experiment
+  image_size = experiment.dataset.image_size
+  largest = max(model.cost(s, image_size).madds for s in model.routing_space)
+  gate_config = dataclasses.replace(
+    experiment.gate, target_madds=fraction * largest, target_fraction=None
+  )
+  return dataclasses.replace(experiment, gate=gate_config)
+
+
+def check_dataset(
+  experiment: config_lib.Experiment, info: data.DatasetInfo
+) -> None:
   """Raises ConfigError unless the model tells the data set's classes apart.
 
   Where labels alone tell the classes, those of a small set may not all occur.
   """
-  info = data.dataset_info(experiment.dataset.name, experiment.dataset.data_dir)
   num_classes = experiment.model.get('num_classes', 1000)
   if info.labels is None and num_classes != info.num_classes:
     raise config_lib.ConfigError(
@@ -84,13 +111,12 @@ def make_phases(
     executor: runs them on the devices.
 
   Raises:
-    ConfigError: if the model or a batch does not fit the data set.
+    ConfigError: if a batch does not fit the data set.
     ValueError: for numbers that the model has no place for.
   """
-  check_dataset(experiment)
   common = {
     'model': model,
-    'normalize': data.normalizer(experiment.dataset.name),
+    'normalize': data.normalizer(experiment.dataset),
     'executor': executor,
   }
 

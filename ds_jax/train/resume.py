@@ -1,13 +1,15 @@
 """Whether a run may go on from a checkpoint: the same config, and versions."""
 
+import dataclasses
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from ds_jax import config as config_lib
-from ds_jax import hosts, models
+from ds_jax import fields, hosts, models
 
 # Where the images are and how they are read, not what they are.
 FREE_FIELDS = (
@@ -27,11 +29,9 @@ def check_same_config(
   Sections of phases that have not begun may still be changed.
   """
   sections = ('seed', 'model', 'init', 'dataset', *phases_begun)
-  # With the model's defaults, which need not stand in a config; and tuples as
-  # lists, as in the saved one.
+  # Tuples as lists, as in the saved one.
   saved, given = (
-    flatten(json.loads(json.dumps(_with_whole_model(config))))
-    for config in (saved, given)
+    flatten(json.loads(json.dumps(_whole(config)))) for config in (saved, given)
   )
   differences = [
     f'{name} was {saved.get(name)!r} and is {given.get(name)!r}'
@@ -48,8 +48,37 @@ def check_same_config(
     )
 
 
-def _with_whole_model(config):
-  return {**config, 'model': models.resolved_options(**config['model'])}
+def check_same_classes(
+  saved: Sequence[str] | None, given: Sequence[str]
+) -> None:
+  """Raises ConfigError where classes have other names, or another order."""
+  if saved is None or list(saved) == list(given):
+    return
+  gone = [name for name in saved if name not in given]
+  new = [name for name in given if name not in saved]
+  raise config_lib.ConfigError(
+    f'The workdir holds a run of other classes: {gone or "none"} of its'
+    f' {len(saved)} are gone, and {new or "none"} of the {len(given)} here are'
+    ' new. Put the data back, or choose a new workdir.'
+  )
+
+
+def _whole(config):
+  """Fills in defaults: of the model, and of what is newer than a checkpoint."""
+  model = models.resolved_options(**config['model'])
+  return {**_filled(config_lib.Experiment, config), 'model': model}
+
+
+def _filled(cls, config):
+  kinds = typing.get_type_hints(cls)
+  filled = {
+    field.name: fields.default_of(cls, field.name)
+    for field in dataclasses.fields(cls)
+  }
+  for name, value in config.items():
+    is_section = dataclasses.is_dataclass(kinds.get(name))
+    filled[name] = _filled(kinds[name], value) if is_section else value
+  return {k: v for k, v in filled.items() if not dataclasses.is_dataclass(v)}
 
 
 def warn_of_other_versions(saved: Mapping[str, str]) -> None:

@@ -1,5 +1,10 @@
 """The weights before Stage I: fresh, of another run, or of a plain network."""
 
+import dataclasses
+from typing import Any
+
+from absl import logging
+
 from ds_jax import checkpoint, convert, models
 from ds_jax import config as config_lib
 
@@ -35,6 +40,52 @@ def initial_variables(
       f'config.init.checkpoint={source}: {error}'
     ) from error
   return models.variables_of(model)
+
+
+def with_statistics(
+  experiment: config_lib.Experiment, saved: dict[str, Any] | None
+) -> config_lib.Experiment:
+  """Returns the experiment with what its images are normalised by, if known.
+
+  Args:
+    experiment: what it states itself stays.
+    saved: what a checkpoint of this run says of itself; None if there is none.
+
+  Raises:
+    ConfigError: as `initial_variables`.
+  """
+  dataset, source = experiment.dataset, experiment.init.checkpoint
+  if saved is None and source:
+    saved = _known_of(experiment)
+  if not saved:
+    return experiment
+  dataset = dataclasses.replace(
+    dataset,
+    mean=dataset.mean or tuple(saved['mean']),
+    std=dataset.std or tuple(saved['std']),
+  )
+  return dataclasses.replace(experiment, dataset=dataset)
+
+
+def _known_of(experiment) -> dict[str, Any] | None:
+  source = experiment.init.checkpoint
+  try:
+    if checkpoint.is_workdir(source):
+      return checkpoint.newest_meta(checkpoint.directory_of(source))
+    known = convert.recognise(convert.read(source, experiment.init.state))
+    statistics = convert.channel_statistics(source, known)
+  except (ImportError, OSError, ValueError) as error:
+    raise config_lib.ConfigError(
+      f'config.init.checkpoint={source}: {error}'
+    ) from error
+  if statistics is None:
+    logging.warning(
+      'What images were normalised by for %s is not known: by that of the data'
+      ' set, unless config.dataset.mean and std say it.',
+      source,
+    )
+    return None
+  return dict(zip(('mean', 'std'), statistics, strict=True))
 
 
 def _finetuned(experiment, workdir, model):

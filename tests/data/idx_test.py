@@ -9,7 +9,7 @@ import pytest
 from absl.testing import parameterized
 
 from ds_jax import data
-from ds_jax.data import idx
+from ds_jax.data import idx, sources
 
 
 def idx_bytes(values: np.ndarray) -> bytes:
@@ -49,7 +49,7 @@ class IdxTest(parameterized.TestCase):
   def test_folder_may_be_given_as_data_dir(self):
     write_split(self.folder, 'train', self.images, self.labels)
     write_split(self.folder, 't10k', self.images[:2], self.labels[:2])
-    info = data.dataset_info('idx', str(self.folder))
+    info = sources.dataset_info('idx', str(self.folder))
     assert (info.num_train, info.num_test, info.num_classes) == (5, 2, 4)
 
   @parameterized.parameters(False, True)

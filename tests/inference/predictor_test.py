@@ -138,7 +138,11 @@ class PredictorTest(parameterized.TestCase):
     )
     for batch_size in (3, 3, 5, 3):
       predictor(self.images[:batch_size])
-    assert predictor._route._cache_size() == 2
+    # Of four images; five run in eight, or in two of four.
+    assert predictor._route._cache_size() == 1
+    for batch_size in (1, 16, 17, 40):
+      predictor(self.images[:batch_size])
+    assert predictor._route._cache_size() == 3  # and of 1, and 16
 
   @parameterized.parameters(8, 19)
   def test_batches_in_chunks_give_the_same(self, batch_size):

@@ -271,10 +271,10 @@ def test_labels_that_the_model_has_not(tmp_path, train, test, message):
   config.dataset.name = name
   parts = config_lib.Experiment.from_config(config)
   if message is None:
-    phases.check_dataset(parts)
+    phases.check_dataset(parts, data.dataset_info(parts.dataset))
     return
   with pytest.raises(ValueError, match=message):
-    phases.check_dataset(parts)
+    phases.check_dataset(parts, data.dataset_info(parts.dataset))
 
 
 def test_correctness_needs_to_know_what_to_spend(config, tmp_path):
@@ -447,7 +447,7 @@ def test_stage_one_is_evaluated_on_images_held_out(budgeted):
   network = models.variables_from(restored.tree['network'])
   model = models.Architecture(model).bind(network)
   parsed = config_lib.Experiment.from_config(config)
-  normalize = data.normalizer(parsed.dataset.name)
+  normalize = data.normalizer(parsed.dataset)
   source = data.load_part(parsed.dataset, 'budget')
   examples = [source[i] for i in range(len(source))]
   images = np.stack([e['image'] for e in examples])

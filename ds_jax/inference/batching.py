@@ -1,0 +1,110 @@
+"""Any number of images in batches of a few sizes, since each size compiles.
+
+Axes: N images, B of a batch.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+# Of a batch. More would take more memory, and no less time for an image.
+LIMIT = 256
+# Batches on the device at a time, since the host prepares the next meanwhile.
+_UNDER_WAY = 2
+
+
+class Sizes:
+  """The sizes that have run, of every program. Threads may share it."""
+
+  def __init__(self):
+    self._known: dict[Hashable, set[int]] = {}
+    self._lock = threading.Lock()
+
+  def plan(self, program: Hashable, count: int) -> list[int]:
+    """Returns the sizes of the batches for some images; see `split`."""
+    with self._lock:
+      return split(count, self._known.get(program, set()))
+
+  def run(self, program: Hashable, size: int, call: Callable[[], Any]) -> Any:
+    """Calls; the first call of a size alone, so that it compiles once."""
+    known = self._known.setdefault(program, set())
+    if size in known:
+      return call()
+    with self._lock:
+      result = call()
+      known.add(size)
+      return result
+
+
+def split(count: int, known: set[int]) -> list[int]:
+  """Returns sizes of batches that hold so many images.
+
+  All but the last few are of `LIMIT`. The rest goes into the next power of two;
+  or, where that has not run yet, into what has, if that makes at most four
+  times as many rows as images for one batch, or twice for several.
+
+  Args:
+    count: of the images, at least 1.
+    known: sizes that need no compilation.
+  """
+  whole, rest = divmod(count, LIMIT)
+  sizes = [LIMIT] * whole
+  if not rest:
+    return sizes
+  wanted = 1 << (rest - 1).bit_length()
+  if wanted in known:
+    return [*sizes, wanted]
+  larger = [size for size in known if rest <= size <= 4 * rest]
+  if larger:
+    return [*sizes, min(larger)]
+  for size in sorted(known, reverse=True):
+    batches = -(-rest // size)
+    if size < rest and batches * size <= 2 * rest and batches <= 4:
+      return [*sizes, *[size] * batches]
+  return [*sizes, wanted]
+
+
+def padded(images: np.ndarray, size: int) -> np.ndarray:
+  """Returns images (B, ...) of which the last repeat the first."""
+  missing = size - len(images)
+  if not missing:
+    return images
+  return np.concatenate([images, images[:1].repeat(missing, axis=0)])
+
+
+def run(
+  items: Sequence[Any],
+  sizes: Sequence[int],
+  prepare: Callable[[Sequence[Any]], np.ndarray],
+  call: Callable[[np.ndarray], Any],
+) -> Any:
+  """Runs all items, in batches of these sizes.
+
+  Args:
+    items: N.
+    sizes: of the batches; the last holds what is left.
+    prepare: some of the items to images.
+    call: a batch (B, ...) to a tree of arrays (B, ...), still on their way.
+
+  Returns:
+    The tree, of arrays (N, ...), on the host.
+  """
+  results, done = [], []
+  for start, size in _starts(sizes):
+    images = prepare(items[start : start + size])
+    results.append(call(padded(images, size)))
+    if len(results) == _UNDER_WAY:
+      done.append(jax.device_get(results.pop(0)))
+  done += jax.device_get(results)
+  joined = jax.tree.map(lambda *parts: np.concatenate(parts), *done)
+  return jax.tree.map(lambda array: array[: len(items)], joined)
+
+
+def _starts(sizes) -> Iterator[tuple[int, int]]:
+  start = 0
+  for size in sizes:
+    yield start, size
+    start += size
