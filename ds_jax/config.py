@@ -6,6 +6,7 @@ frozen dataclass; the parts of the program take theirs.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,16 @@ class DataConfig:
     erasing_probability: of `random_erasing` in training; 0 is off.
     erasing_noise: 'uniform' in 0 .. 255, or 'normal' with the mean and the
       deviation of the data set's channels (`channel_statistics`).
+    mixup_alpha: of the Beta distribution of Mixup's share; 0 is off. Batches
+      are mixed on the device, in Stage I and, where `gate.is_augmented`, in
+      Stage II; see `train.mixing`.
+    cutmix_alpha: of CutMix's; 0 is off.
+    mix_probability: that a batch is mixed at all.
+    mix_switch_probability: that it is by CutMix, where both are on.
+    num_repeats: how often an image comes in a batch of Stages I and II, each
+      time augmented anew (repeated augmentation). An epoch has as many batches
+      as without, and so reads 1 / num_repeats of the images; the next one goes
+      on with the others.
     mean: of each channel, in units of pixel / 255, that images are normalised
       by; None takes what the weights of `init.checkpoint` were trained with,
       where that is known, else the data set's own.
@@ -88,6 +99,11 @@ class DataConfig:
   color_jitter: float = 0.0
   erasing_probability: float = 0.0
   erasing_noise: str = 'uniform'
+  mixup_alpha: float = 0.0
+  cutmix_alpha: float = 0.0
+  mix_probability: float = 1.0
+  mix_switch_probability: float = 0.5
+  num_repeats: int = 1
   mean: tuple[float, float, float] | None = None
   std: tuple[float, float, float] | None = None
   background: tuple[int, int, int] = (255, 255, 255)
@@ -123,6 +139,11 @@ class DataConfig:
       'randaugment_magnitude': 0 <= self.randaugment_magnitude <= 10,
       'color_jitter': 0 <= self.color_jitter <= 1,
       'erasing_probability': 0 <= self.erasing_probability <= 1,
+      'mixup_alpha': 0 <= self.mixup_alpha < math.inf,
+      'cutmix_alpha': 0 <= self.cutmix_alpha < math.inf,
+      'mix_probability': 0 <= self.mix_probability <= 1,
+      'mix_switch_probability': 0 <= self.mix_switch_probability <= 1,
+      'num_repeats': self.num_repeats >= 1,
       'gate_share': 0 <= self.gate_share < 1,
       'budget_share': 0 <= self.budget_share < 1 - self.gate_share,
       'num_threads': self.num_threads >= 0,
@@ -134,6 +155,18 @@ class DataConfig:
           f'Data set option {option} is out of range:'
           f' {getattr(self, option)!r}.'
         )
+    if self.batch_size % self.num_repeats:
+      raise ValueError(
+        f'batch_size={self.batch_size} does not hold every image'
+        f' num_repeats={self.num_repeats} times; set batch_size to a multiple'
+        ' of num_repeats.'
+      )
+
+  @property
+  def mixes(self) -> bool:
+    """Whether training mixes batches: Mixup or CutMix is on."""
+    has_kind = self.mixup_alpha > 0 or self.cutmix_alpha > 0
+    return has_kind and self.mix_probability > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,6 +240,20 @@ class Executor:
       return tree
     return jax.lax.all_gather(tree, _AXES, tiled=True)
 
+  def reversed_rows(self, tree: Any) -> Any:
+    """Returns the rows at hand of the global batch in reversed order."""
+
+    def reverse(x):
+      x = x[::-1]
+      if self._is_global:
+        return x
+      last = self.mesh.size - 1
+      return jax.lax.ppermute(
+        x, _AXES, [(i, last - i) for i in range(self.mesh.size)]
+      )
+
+    return jax.tree.map(reverse, tree)
+
   def draw(
     self, distribution: Callable, key: jax.Array, shape: Sequence[int]
   ) -> jax.Array:

@@ -171,13 +171,16 @@ def train_batches(
   """Endless shuffled, augmented batches; every epoch has a new order.
 
   Epochs follow each other without a gap, so a batch may end one and begin the
-  next.
+  next. With `num_repeats` R, a batch is R times the same batch_size / R images,
+  each time augmented anew. The copies are as far apart as can be, most of them
+  on other devices and in other micro-batches.
 
   Args:
     config: what to read.
     seed: of order and augmentation.
     part: as in `load_part`.
-    is_augmented: whether images are augmented, or as for evaluation.
+    is_augmented: whether images are augmented, or as for evaluation, when none
+      is repeated.
     start_step: the first batch given; resuming costs nothing.
     process_index: this process reads the process_index-th part of each global
       batch.
@@ -221,12 +224,10 @@ def train_batches(
         return found
     raise ValueError(f'No image of the {part} part of {config.name!r} is good.')
 
-  dataset = (
-    grain.MapDataset.range(len(source))
-    .shuffle(seed=mixed_seed)
-    .repeat()
-    .random_map(training_example, seed=mixed_seed)
-  )
+  order = grain.MapDataset.range(len(source)).shuffle(seed=mixed_seed).repeat()
+  if is_augmented and config.num_repeats > 1:
+    order = _repeated(order, config)
+  dataset = order.random_map(training_example, seed=mixed_seed)
 
   def load_rows(step: int, rows: range) -> Batch:
     # Rows of the global batch, which is the same for any number of processes.
@@ -307,6 +308,19 @@ def num_eval_batches(config: config_lib.DataConfig, part: str = 'test') -> int:
 
 def _num_batches(source: sources.Source, config: config_lib.DataConfig) -> int:
   return -(-len(source) // config.batch_size)
+
+
+def _repeated(
+  order: grain.MapDataset, config: config_lib.DataConfig
+) -> grain.MapDataset:
+  """Returns an order in which the parts of a batch are the same images."""
+  num_images = config.batch_size // config.num_repeats
+
+  def index_at(place: int) -> int:
+    step, row = divmod(place, config.batch_size)
+    return order[step * num_images + row % num_images]
+
+  return grain.MapDataset.range(_MANY_STEPS).map(index_at)
 
 
 def _local_batch_size(

@@ -23,6 +23,10 @@ its bucket gives the image's label,
 
 and what to spend is settled afterwards, by a price on images that no phase has
 seen (see `routing.budget`).
+
+Of a batch mixed by Mixup or CutMix (`ds_jax.train.mixing`) the routed output
+learns both labels; what is right, and `label`'s probability, go by the one with
+the larger share.
 """
 
 import flax.struct
@@ -33,7 +37,7 @@ import optax
 
 from ds_jax import config as config_lib
 from ds_jax import models, parallel
-from ds_jax.train import losses, optimizer
+from ds_jax.train import losses, mixing, optimizer
 
 
 @flax.struct.dataclass
@@ -70,6 +74,7 @@ class Gate:
     steps_per_epoch: int,
     seed: int,
     executor: parallel.Executor,
+    dataset: config_lib.DataConfig | None = None,
   ):
     """Compiles nothing yet.
 
@@ -82,6 +87,8 @@ class Gate:
       steps_per_epoch: for the warm-up.
       seed: of the Gumbel noise.
       executor: runs the step on the devices.
+      dataset: says how batches are mixed, if the config augments images; None
+        mixes none.
 
     Raises:
       ValueError: if `target_madds` is out of the routing space's reach.
@@ -90,6 +97,9 @@ class Gate:
     self.num_steps = num_steps
     self.seed = seed
     self.executor = executor
+    mixes = dataset and dataset.mixes and config.is_augmented
+    self._mixed_as = dataset if mixes else None
+    self._num_classes = model.num_classes
     self._architecture = models.Architecture(model)
     self._normalize = normalize
     # Not integers: those of a large network overflow JAX's 32 bits.
@@ -124,6 +134,8 @@ class Gate:
     return self._step(state, batch['images'], batch['labels'], np.int32(step))
 
   def _update_head(self, state, images, labels, step):
+    if self._mixed_as:
+      images, labels = self._mix(images, labels, step)
     features, logits = self._forward(state.network, images)
     key = jax.random.fold_in(jax.random.key(self.seed), step)
     gradient, metrics = jax.grad(self._loss, has_aux=True)(
@@ -155,6 +167,16 @@ class Gate:
       'parameter_norm': optax.tree.norm(head),
     }
 
+  def _mix(self, images, labels, step):
+    return mixing.mix(
+      jax.random.fold_in(jax.random.key(self.seed), step),
+      images,
+      labels,
+      self._mixed_as,
+      self._num_classes,
+      self.executor.reversed_rows,
+    )
+
   def _forward(self, network, images):
     """Returns the trunk's features and all buckets' logits (K, N, C)."""
     model = self._architecture.bind(self.executor.whole(network))
@@ -170,6 +192,7 @@ class Gate:
     return self._sandwich_loss(gate_logits, logits, labels, state.price, key)
 
   def _correctness_loss(self, gate_logits, logits, labels):
+    labels = losses.dominant(labels)
     targets = losses.label_probability(logits, labels)
     loss = optax.sigmoid_binary_cross_entropy(gate_logits, targets.T).mean()
     correct = logits[0].argmax(-1) == labels
@@ -183,7 +206,7 @@ class Gate:
     )
     # In full precision, so that a one-hot picks its logits exactly.
     routed = jnp.einsum('nk,knc->nc', one_hot, logits, precision='highest')
-    correct = (logits.argmax(-1) == labels[None]).T
+    correct = (logits.argmax(-1) == losses.dominant(labels)[None]).T
     targets = losses.sandwich_labels(correct, config.hard_images)
     everyone = self.executor.all_rows(targets)
     sandwich = losses.cross_entropy(

@@ -460,14 +460,17 @@ class Run:
     processes = dict(
       process_index=jax.process_index(), process_count=jax.process_count()
     )
-    gate = experiment.gate
+    gate, dataset = experiment.gate, experiment.dataset
+    if phase == 'calibrate':
+      # More images tell more than the same ones again.
+      dataset = dataclasses.replace(dataset, num_repeats=1)
     of_phase = {
       'supernet': dict(num_views=2 if experiment.supernet.multi_view else 1),
       'calibrate': {},
       'gate': dict(part=gate.part, is_augmented=gate.is_augmented),
     }
     return data.train_batches(
-      experiment.dataset,
+      dataset,
       **of_phase[phase],
       bad_images=self._bad_images,
       # Every phase has an order of its own.

@@ -16,18 +16,22 @@ def cross_entropy(
   label_smoothing: float = 0.0,
   balanced_over: jax.Array | None = None,
 ) -> jax.Array:
-  """Mean cross-entropy of logits (N, C) to integer labels (N,).
+  """Mean cross-entropy of logits (N, C) to labels.
 
   Args:
     logits: (N, C).
-    labels: (N,).
-    label_smoothing: share of the uniform distribution in the targets.
-    balanced_over: labels (M,), these among them: those that occur there all
-      weigh the same, however many rows have them. The mean is then one over all
-      M, of which there are N here.
+    labels: integers (N,), or the probabilities (N, C) of a mixed batch.
+    label_smoothing: share of the uniform distribution in the targets. Of mixed
+      labels each is smoothed, which smooths the mixture.
+    balanced_over: integer labels (M,), these among them: those that occur there
+      all weigh the same, however many rows have them. The mean is then one over
+      all M, of which there are N here.
   """
-  one_hot = jax.nn.one_hot(labels, logits.shape[-1])
-  targets = optax.smooth_labels(one_hot, label_smoothing)
+  if labels.ndim == 1:
+    probabilities = jax.nn.one_hot(labels, logits.shape[-1])
+  else:
+    probabilities = labels
+  targets = optax.smooth_labels(probabilities, label_smoothing)
   if balanced_over is None:
     return soft_cross_entropy(logits, targets)
   counts = jax.nn.one_hot(balanced_over, logits.shape[-1]).sum(0)
@@ -38,6 +42,16 @@ def cross_entropy(
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """Mean cross-entropy of logits (N, C) to probabilities (N, C)."""
   return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def dominant(labels: jax.Array) -> jax.Array:
+  """Returns each row's one label (N,), of a mixed batch the likelier.
+
+  Args:
+    labels: integers (N,), which are given back; or probabilities (N, C), of
+      which two alike give the lower label.
+  """
+  return labels if labels.ndim == 1 else labels.argmax(-1).astype(jnp.int32)
 
 
 def label_probability(logits: jax.Array, labels: jax.Array) -> jax.Array:

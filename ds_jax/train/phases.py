@@ -133,6 +133,7 @@ def make_phases(
     supernet.Supernet(
       experiment.supernet,
       **common,
+      dataset=experiment.dataset,
       **schedule(experiment.supernet.num_epochs, 'train'),
     ),
     calibrate.Calibrate(experiment.calibrate, **common),
@@ -141,5 +142,6 @@ def make_phases(
       **common,
       **schedule(experiment.gate.num_epochs, experiment.gate.part),
       image_size=experiment.dataset.image_size,
+      dataset=experiment.dataset,
     ),
   )

@@ -10,6 +10,9 @@ passes are summed for one update.
 With multi-view consistency (MvCo) every image comes in two views, augmented
 independently: the teacher sees one, the students the other. The definition is
 ours, since the paper's is not public.
+
+With Mixup or CutMix (`ds_jax.train.mixing`) every micro-batch is mixed once,
+before all passes, so that they see the same mixture; of two views, both alike.
 """
 
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ import optax
 
 from ds_jax import config as config_lib
 from ds_jax import models, parallel
-from ds_jax.train import losses, optimizer
+from ds_jax.train import losses, mixing, optimizer
 
 
 @flax.struct.dataclass
@@ -59,6 +62,7 @@ class Supernet:
     steps_per_epoch: int,
     seed: int,
     executor: parallel.Executor,
+    dataset: config_lib.DataConfig | None = None,
   ):
     """Compiles nothing yet.
 
@@ -70,6 +74,7 @@ class Supernet:
       steps_per_epoch: for the warm-up.
       seed: of sub-network draws and dropout.
       executor: runs the passes on the devices.
+      dataset: says how batches are mixed; None mixes none.
 
     Raises:
       ValueError: if the model has too few sub-networks for `num_random`.
@@ -78,6 +83,8 @@ class Supernet:
     self.num_steps = num_steps
     self.seed = seed
     self.executor = executor
+    self._mixed_as = dataset if dataset and dataset.mixes else None
+    self._num_classes = model.num_classes
     self._architecture = models.Architecture(model)
     self._normalize = normalize
     self._narrowest, self._widest = model.narrowest, model.widest
@@ -99,6 +106,9 @@ class Supernet:
   def _compile(self):
     compile = self.executor.compile
     variables = models.Variables(parallel.STATE, parallel.SUM)
+    self._mix = compile(
+      self._mixed_batch, [parallel.BATCH, parallel.WHOLE], parallel.BATCH
+    )
     self._teach = compile(
       self._soft_targets,
       [parallel.STATE, parallel.BATCH],
@@ -163,6 +173,8 @@ class Supernet:
       key = jax.random.fold_in(
         jax.random.key(self.seed), step * micro_batches + i
       )
+      if self._mixed_as:
+        part = self._mix(part, key)
       gradient, batch_stats, metrics = self.gradient(
         variables, state.network, part, subnets, key, gradient
       )
@@ -193,7 +205,7 @@ class Supernet:
     Args:
       variables: the students.
       teacher: the variables whose widest network the others learn from.
-      batch: sharded, as in `step`.
+      batch: sharded, as in `step`; or mixed, with labels (N, C).
       subnets: the random sub-networks, in the order in which they run.
       key: for dropout.
       gradient: what to add to; None means zero.
@@ -220,6 +232,18 @@ class Supernet:
         teachers.append(self._teach(teacher, seen, subnet=subnet))
     return gradient, batch_stats, metrics
 
+  def _mixed_batch(self, batch, key):
+    views = {name: x for name, x in batch.items() if name != 'labels'}
+    views, labels = mixing.mix(
+      key,
+      views,
+      batch['labels'],
+      self._mixed_as,
+      self._num_classes,
+      self.executor.reversed_rows,
+    )
+    return {**views, 'labels': labels}
+
   def _soft_targets(self, teacher, images, subnet):
     model = self._architecture.bind(self.executor.whole(teacher))
     return jax.nn.softmax(model(self._normalize(images), subnet))
@@ -235,7 +259,7 @@ class Supernet:
       new = jax.tree.map(jnp.add, gradient, new)
     metrics = {
       'loss/widest': loss,
-      'accuracy': (logits.argmax(-1) == labels).mean(),
+      'accuracy': (logits.argmax(-1) == losses.dominant(labels)).mean(),
     }
     return new, batch_stats, self.executor.mean(metrics)
 

@@ -212,6 +212,87 @@ class TrainBatchesTest(parameterized.TestCase):
       data.train_batches(CONFIG, seed=0, process_index=2, process_count=2)
 
 
+class RepeatsTest(parameterized.TestCase):
+  CONFIG = dataclasses.replace(CONFIG, batch_size=96, num_repeats=3)
+
+  def test_a_batch_has_each_image_three_times(self):
+    config = dataclasses.replace(self.CONFIG, crop=None, flip=False)
+    once = dataclasses.replace(config, batch_size=32, num_repeats=1)
+    batches = take(data.train_batches(config, seed=0), 16)
+    expected = take(data.train_batches(once, seed=0), 16)
+    for batch, images in zip(batches, expected, strict=True):
+      for i in range(3):
+        part = {name: np.split(x, 3)[i] for name, x in batch.items()}
+        assert_equal_batches([part], [images])
+
+  def test_an_epoch_has_a_third_of_the_images_and_the_next_the_others(self):
+    config = dataclasses.replace(
+      self.CONFIG, batch_size=1437, crop=None, flip=False
+    )
+    seen = [
+      set(pixels([b])) for b in take(data.train_batches(config, seed=0), 3)
+    ]
+    assert [len(epoch) for epoch in seen] == [479] * 3
+    assert set().union(*seen) == set(source_pixels('train'))
+
+  @parameterized.parameters(1, 2)
+  def test_each_copy_is_augmented_on_its_own(self, num_views):
+    (batch,) = take(
+      data.train_batches(self.CONFIG, seed=0, num_views=num_views), 1
+    )
+    views = [x for name, x in batch.items() if name != 'labels']
+    assert len(views) == num_views
+    copies = np.concatenate([x.reshape(3, 32, -1) for x in views])
+    for i, j in itertools.combinations(range(len(copies)), 2):
+      # Of 81 crops x 2 flips two are the same by chance.
+      assert (copies[i] == copies[j]).all(-1).sum() < 5
+
+  @parameterized.parameters(0, 4)
+  def test_batches_do_not_depend_on_threads(self, num_threads):
+    config = dataclasses.replace(self.CONFIG, num_threads=num_threads)
+    one = dataclasses.replace(self.CONFIG, num_threads=1)
+    expected = take(data.train_batches(one, seed=3), 4)
+    assert_equal_batches(expected, take(data.train_batches(config, seed=3), 4))
+
+  def test_processes_share_the_batches_of_one(self):
+    whole = take(data.train_batches(self.CONFIG, seed=0), 4)
+    shares = [
+      take(
+        data.train_batches(
+          self.CONFIG, seed=0, process_index=i, process_count=2
+        ),
+        4,
+      )
+      for i in range(2)
+    ]
+    joined = [
+      {key: np.concatenate([one[key], two[key]]) for key in one}
+      for one, two in zip(*shares, strict=True)
+    ]
+    assert_equal_batches(whole, joined)
+
+  # The order's second epoch begins in step 44, the run's in 14.
+  @parameterized.parameters(1, 15, 44)
+  def test_resumed_batches_equal_the_uninterrupted(self, start_step):
+    whole = take(data.train_batches(self.CONFIG, seed=3), 46)
+    resumed = take(
+      data.train_batches(self.CONFIG, seed=3, start_step=start_step), 2
+    )
+    assert_equal_batches(whole[start_step : start_step + 2], resumed)
+
+  def test_what_is_not_augmented_is_not_repeated(self):
+    once = dataclasses.replace(self.CONFIG, num_repeats=1)
+    batches, expected = (
+      take(data.train_batches(config, seed=0, is_augmented=False), 2)
+      for config in (self.CONFIG, once)
+    )
+    assert_equal_batches(batches, expected)
+
+  def test_a_batch_that_does_not_hold_the_repeats_is_refused(self):
+    with pytest.raises(ValueError, match='batch_size=128 .* num_repeats=3 tim'):
+      config_lib.DataConfig('digits', batch_size=128, num_repeats=3)
+
+
 class PartsTest(parameterized.TestCase):
   CONFIG = dataclasses.replace(PLAIN, gate_share=0.1, budget_share=0.2)
 
@@ -529,6 +610,13 @@ class DataConfigTest(parameterized.TestCase):
     {'erasing_probability': 1.5},
     {'erasing_probability': float('nan')},
     {'erasing_noise': 'pixel'},
+    {'mixup_alpha': -0.1},
+    {'mixup_alpha': float('inf')},
+    {'cutmix_alpha': -0.1},
+    {'cutmix_alpha': float('nan')},
+    {'mix_probability': 1.1},
+    {'mix_switch_probability': -0.5},
+    {'num_repeats': 0},
   )
   def test_value_out_of_range_is_refused(self, **options):
     (option,) = options

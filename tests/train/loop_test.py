@@ -570,6 +570,19 @@ def test_each_stage_s_order_is_that_of_runs_without_budgets(config, tmp_path):
       np.testing.assert_array_equal(one['labels'], other['labels'])
 
 
+def test_calibration_repeats_no_image(config, tmp_path):
+  config.dataset.update(
+    batch_size=16, num_repeats=4, crop=None, flip=False, gate_share=0.2
+  )
+  counts = []
+  with loop.Run(config, tmp_path) as run:
+    for phase in range(3):
+      batches = run._train_batches(loop.Position(phase))
+      counts.append(len({i.tobytes() for i in next(batches)['images']}))
+      batches.close()
+  assert counts == [4, 16, 4]
+
+
 def test_without_supernet_training_only_the_gate_changes(
   finished, config, tmp_path
 ):
