@@ -46,7 +46,7 @@ def write_tfds_copy(
   folder.mkdir(parents=True)
   info = tfds.core.DatasetInfo(
     builder=tfds.core.DatasetIdentity(
-      name=name,
+      name=name.split('/')[0],
       version=tfds.core.Version(version),
       data_dir=str(folder),
       module_name='',

@@ -394,9 +394,9 @@ def budgeted(images, tmp_path_factory):
   load_source = data.sources.load_source
   after_step = loop.Run._after_step
 
-  def counted_load(*args):
+  def counted_load(*args, **options):
     opened.append(args)
-    return load_source(*args)
+    return load_source(*args, **options)
 
   def counted_step(run, done, state, progress):
     before = len(opened)
