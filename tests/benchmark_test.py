@@ -92,7 +92,7 @@ BARS = {
   'sliced_over_standalone', 'switch_over_static', 'matmul_share',
   'tiled_over_oracle', 'vmapped_over_tiled', 'realised',
   'routed_over_widest_memory', 'native_over_shifted_depthwise',
-  'gradient_over_forward', 'warm_over_cold_start',
+  'gradient_over_forward', 'warm_over_cold_start', 'pipeline_over_pillow',
 }  # fmt: skip
 
 
@@ -157,6 +157,11 @@ def test_a_run_is_measured_whole(workdir, capsys):
   )
   start = written['lists']['start_up_seconds']
   assert ratios['warm_over_cold_start'] == start['warm'] / start['cold']
+  assert ratios['pipeline_over_pillow'] == {
+    size: median['input pipeline', f'Pillow, {size}', 32]
+    / median['input pipeline', f'ds_jax, {size}', 32]
+    for size in ('500 x 375', '1600 x 1200')
+  }
   used = written['lists']['memory_bytes']
   assert (
     ratios['routed_over_widest_memory']

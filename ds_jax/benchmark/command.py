@@ -20,6 +20,7 @@ from ds_jax.benchmark import (
   forward,
   onnxruntime,
   output,
+  pipeline,
   routers,
   start_up,
   timing,
@@ -31,6 +32,7 @@ SECTIONS = (
   'dispatch',
   'memory',
   'training',
+  'input pipeline',
   'start-up',
   'routers',
 )
@@ -95,6 +97,8 @@ def run(options: Options) -> dict[str, Any]:
     )
   if 'training' in options.sections:
     _measure_training(report, subject)
+  if 'input pipeline' in options.sections:
+    _measure_pipeline(report, image_size)
   if 'start-up' in options.sections:
     seconds = start_up.measure(config, image_size)
     report.lists['start_up_seconds'] = seconds
@@ -191,7 +195,13 @@ def _measure_training(report, subject):
   rows = report.measure([ahead, gradient])
   report.measure(steps)
   report.ratios.update(training.training_ratios(rows))
-  report.measure(training.pipeline_ways(_dataset(options, size)))
+
+
+def _measure_pipeline(report, image_size):
+  report.measure(pipeline.run_ways(_dataset(report.options, image_size)))
+  with pipeline.jpeg_ways() as ways:
+    rows = report.measure(ways)
+  report.ratios['pipeline_over_pillow'] = pipeline.jpeg_ratios(rows)
 
 
 def _compare(report, subject):

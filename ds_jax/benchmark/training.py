@@ -1,4 +1,4 @@
-"""Times training steps, their parts, and the input pipeline."""
+"""Times training steps and their parts."""
 
 import functools
 from collections.abc import Sequence
@@ -67,17 +67,6 @@ def training_ratios(rows: Sequence[timing.Row]) -> dict[str, float]:
   """Returns the gradient's time over the forward pass's."""
   (ratio,) = timing.ratio(rows, 'widest, gradient', 'widest, forward').values()
   return {'gradient_over_forward': ratio}
-
-
-def pipeline_ways(config: config_lib.DataConfig) -> list[timing.Way]:
-  """Training batches, read and augmented, and nothing else."""
-  batches = data.train_batches(config, seed=0)
-  name = f'{config.name.partition(":")[0]}, {config.image_size} pixels'
-
-  def call():
-    return next(batches)['labels']
-
-  return [timing.Way('input pipeline', name, config.batch_size, 0, call)]
 
 
 def _supernet_step(model, image_size, batch):

@@ -62,10 +62,13 @@ class Picture:
     Raises:
       ImageError: if it can't be read, or has too many pixels.
     """
-    with self._explained(), self._opened() as image:
+    with self._explained():
+      image = self._opened()
       width, height = image.size
       if _orientation(image) >= 5:
         width, height = height, width
+    # For whoever reads the pixels next, who then need not open it again.
+    self.__dict__['_header'] = image
     return height, width, 3
 
   def pixels(self) -> np.ndarray:
@@ -98,8 +101,9 @@ class Picture:
     Raises:
       ImageError: as `pixels`.
     """
-    with self._explained(), self._opened() as image:
-      full = self.shape[1::-1]
+    full = self.shape[1::-1]
+    with self._explained():
+      image = self.__dict__.pop('_header', None) or self._opened()
       orientation = _orientation(image)
       if size is not None:
         _reduce(image, box, size)
@@ -223,4 +227,4 @@ def _rgb(image: Image.Image, background) -> Image.Image:
     image = image.convert('RGBA')
     below = Image.new('RGBA', image.size, (*background, 255))
     return Image.alpha_composite(below, image).convert('RGB')
-  return image.convert('RGB')
+  return image if image.mode == 'RGB' else image.convert('RGB')

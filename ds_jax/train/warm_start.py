@@ -57,7 +57,7 @@ def with_statistics(
   dataset, source = experiment.dataset, experiment.init.checkpoint
   if saved is None and source:
     saved = _known_of(experiment)
-  if not saved:
+  if not saved or 'mean' not in saved:
     return experiment
   dataset = dataclasses.replace(
     dataset,

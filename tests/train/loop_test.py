@@ -655,8 +655,8 @@ def test_a_start_that_does_not_fit_is_refused(
   (tmp_path / 'empty').mkdir()
   config.init = dict(checkpoint=str(tmp_path / checkpoint_name))
   with (
-    loop.Run(config, tmp_path / 'run') as run,
     pytest.raises(config_lib.ConfigError, match=message),
+    loop.Run(config, tmp_path / 'run') as run,
   ):
     run.start()
 
