@@ -74,7 +74,7 @@ def run(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   micro.save_finished_run(tmp_path)
   for kind in ('cat', 'dog'):
-    folder = tmp_path / 'photos' / 'train' / kind
+    folder = tmp_path / 'photos' / kind
     folder.mkdir(parents=True)
     Image.new('L', (6, 5)).save(folder / '0.png')
   return tmp_path
