@@ -4,11 +4,11 @@
         --config.dataset.name=imagefolder:DIR
     python -m ds_jax.predict --workdir=runs/mine --fraction=0.5 PICTURES...
 
-DIR holds a folder of pictures for each class, or `train` and `val` with one
-each. For larger pictures set `--config.dataset.image_size`, and for a larger
-model `--config.model.name=ds_mobilenet --config.model.stages=None`; where there
-are few pictures, start from trained weights (`ds_resnet50_finetune.py`,
-`ds_vit_s16_transfer.py`). `docs/data.md` has results on clip art.
+DIR holds a folder of pictures for each class, or `train` and `val` with such
+folders each. For larger pictures set `--config.dataset.image_size`. Where there
+are few, start from trained weights: with `--config.model.num_classes=None`
+`ds_resnet50_transfer.py` and `ds_vit_s16_transfer.py` take a folder, too.
+Time and results on clip art: `docs/data.md`.
 """
 
 import ml_collections

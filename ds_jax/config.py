@@ -66,12 +66,14 @@ class DataConfig:
     std: the deviation, likewise.
     background: R, G, B, 0 .. 255, that is seen through what is transparent in
       a picture.
-    on_bad_image: what to do about an image that can't be read: `raise`, or
-      `skip` it; another takes its place in training.
+    on_bad_image: what to do about an image that can't be decoded: `raise`, or
+      `skip` it; another takes its place in training. A file that is gone, or
+      may not be opened, ends the run with either.
     test_share: of the images, for the test split, where the data set has none
       of its own. Each image's place is decided by its name alone.
     drop_copies: whether files of the test split that are copies of one in the
-      train split are left out; all files of an `imagefolder` are read for that.
+      train split are left out, of an `imagefolder`; files of the same size are
+      read for that.
     gate_share: of the train split, held out from Stage I for the gate.
     budget_share: of the train split, held out from all training; thresholds
       of routers are set on it.

@@ -52,6 +52,7 @@ _PLAIN_ERRORS = (
   config.ConfigError,
   checkpoint.CheckpointError,
   data.DatasetNotFoundError,
+  data.ImageError,
   hosts.HostError,
   loop.NonFiniteError,
   OSError,

@@ -33,13 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Prints a row a file; exits with 1 if one could not be read."""
   options = _parser().parse_args(argv)
   cpu.keep_freed_memory()
+  for stream in (sys.stdin, sys.stdout):
+    # Names of files need not be text.
+    if hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='surrogateescape')
   try:
-    paths, missing = _paths(options.pictures)
+    paths = _paths(options.pictures)
     predictor = _predictor(options)
     rows = predict_files(
       predictor, paths, subnet=options.subnet, num_top=options.top
     )
-    rows = _with_progress(itertools.chain(missing, rows), len(paths))
+    rows = _with_progress(rows, len(paths))
     failed = _WRITERS[options.form](rows)
   except _EXPECTED as error:
     sys.exit(f'{type(error).__name__}: {error}')
@@ -69,6 +73,10 @@ def predict_files(
   def read(path):
     try:
       return predictor.preparation.one(path)
+    except IsADirectoryError:
+      return f'{path}: no picture in it.'
+    except FileNotFoundError:
+      return f'{path}: no such file.'
     except (OSError, ValueError) as error:
       return str(error)
 
@@ -163,9 +171,9 @@ def _predictor(options) -> inference.Predictor:
   return predictor
 
 
-def _paths(patterns) -> tuple[list[str], list[dict[str, str]]]:
-  """Returns the files, and rows for arguments that are none."""
-  found, missing = [], []
+def _paths(patterns) -> list[str]:
+  """Returns the files; a pattern itself where there is none."""
+  found = []
   for pattern in patterns:
     lines = [pattern]
     if pattern == '-':
@@ -173,9 +181,9 @@ def _paths(patterns) -> tuple[list[str], list[dict[str, str]]]:
     for line in lines:
       try:
         found += map(str, images.files(line))
-      except OSError as error:
-        missing.append({'path': line, 'error': str(error)})
-  return found, missing
+      except FileNotFoundError:
+        found.append(line)
+  return found
 
 
 def _with_progress(rows, total):

@@ -144,6 +144,7 @@ _DECIDE_NOTHING = {
   'etils',
   'importlib_resources',
   'ml_collections',
+  'tqdm',
 }
 
 

@@ -220,14 +220,23 @@ def test_threads_may_share_it(workdir):
 
 def test_json_has_a_line_for_each_file(capsys, workdir, predictor, pictures):
   (pictures / 'broken.jpg').write_bytes(b'text')
+  first = files(pictures)[0]
   try:
     code, said = run(
-      capsys, f'--workdir={workdir}', '--json', '--top=2', pictures, 'gone.png'
+      capsys,
+      f'--workdir={workdir}',
+      '--json',
+      '--top=2',
+      pictures,
+      'gone.png',
+      first,
     )
   finally:
     (pictures / 'broken.jpg').unlink()
   assert code == 1
-  rows = {row['path']: row for row in map(json.loads, said.out.splitlines())}
+  rows = [json.loads(line) for line in said.out.splitlines()]
+  assert [row['path'] for row in rows[-2:]] == ['gone.png', str(first)]
+  rows = {row['path']: row for row in rows}
   assert rows['gone.png'] == {
     'path': 'gone.png', 'error': 'gone.png: no such file.',
   }  # fmt: skip

@@ -1,6 +1,7 @@
 """The mean and deviation that images were normalised by for some weights."""
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -42,10 +43,20 @@ def _read(path, section) -> dict[str, Any]:
     said = json.loads(path.read_text())
   except ValueError as error:
     raise ValueError(f'{path} is damaged: {error}.') from error
-  return said.get(section, {}) if section else said
+  said = said.get(section) if section and isinstance(said, dict) else said
+  return said if isinstance(said, dict) else {}
 
 
 def _three(path, key, values) -> tuple[float, ...]:
-  if not isinstance(values, list) or len(values) != 3:
-    raise ValueError(f'{path}: {key} is {values!r}; expected three numbers.')
-  return tuple(float(value) for value in values)
+  is_right = (
+    isinstance(values, list)
+    and len(values) == 3
+    and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    and ('std' not in key or min(values) > 0)
+  )
+  if not is_right:
+    raise ValueError(
+      f'{path}: {key} is {values!r}; expected three numbers'
+      f'{" above 0" * ("std" in key)}.'
+    )
+  return tuple(map(float, values))

@@ -151,7 +151,7 @@ class _Explained:
     ):
       raise ImageError(_too_large(self._name, 'too many')) from error
     # Its decoders raise any exception for a damaged file.
-    if isinstance(error, Exception):
+    if isinstance(error, Exception) and not isinstance(error, MemoryError):
       reason = (str(error) or type(error).__name__).rstrip('.')
       raise ImageError(f'{self._name} can not be read: {reason}.') from error
 
@@ -195,6 +195,8 @@ def _too_large(name, number) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
+  if image.format == 'TIFF':  # which Pillow turns by itself
+    return 1
   try:
     return int(image.getexif().get(_ORIENTATION, 1))
   # A damaged tag is none.

@@ -3,8 +3,9 @@
     DIR/train/CLASS/**, DIR/val/CLASS/**       two splits
     DIR/CLASS/**                               split by the names of the files
 
-The test split may be called `val`, `validation` or `test`. Classes are the top
-folders, sorted; what lies in deeper ones belongs to them.
+The first may be called `training`; the second `test`, `testing`, `val`, `valid`
+or `validation`, of which the first that is there counts; any case will do.
+Classes are the top folders, sorted; what lies in deeper ones belongs to them.
 """
 
 import collections
@@ -24,7 +25,8 @@ ENDINGS = (
   *('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.webp', '.bmp', '.tif', '.tiff'),
   *('.ppm', '.pgm', '.pbm', '.pnm', '.avif'),
 )
-_TEST_NAMES = ('val', 'validation', 'test')
+_TRAIN_NAMES = ('train', 'training')
+_TEST_NAMES = ('test', 'testing', 'val', 'valid', 'validation')
 # Names in one line of the log.
 _MAX_NAMED = 5
 _CHUNK = 1 << 20
@@ -160,16 +162,23 @@ def _walk(folder, above):
 
 
 def _splits(folder, test_share) -> tuple[list[_File], list[_File]]:
-  test_names = [name for name in _TEST_NAMES if (folder / name).is_dir()]
-  has_train = (folder / 'train').is_dir()
-  if has_train and test_names:
-    return tuple(_files(folder / name) for name in ('train', test_names[0]))
-  if test_names and not has_train and len(_folders(folder)) < 3:
+  by_name = {path.name.lower(): path for path in _folders(folder)}
+  train = next((by_name[n] for n in _TRAIN_NAMES if n in by_name), None)
+  tests = [by_name[name] for name in _TEST_NAMES if name in by_name]
+  # A class may have such a name, but a split has folders in it.
+  is_split = train is not None and bool(_folders(train))
+  if tests and not is_split and len(by_name) < 3:
     raise FolderError(
-      f'{folder} has {test_names[0]}, but no train. Expected'
-      ' DIR/train/CLASS and DIR/val/CLASS, or DIR/CLASS.'
+      f'{folder} has {tests[0].name}, but no train with a folder for each'
+      ' class. Expected DIR/train/CLASS and DIR/val/CLASS, or DIR/CLASS.'
     )
-  files = _files(folder / 'train' if has_train else folder)
+  used = [train, *tests[:1]]
+  unused = [path.name for path in by_name.values() if path not in used]
+  if is_split and unused:
+    logging.warning('Not read in %s: %s', folder, _some(unused))
+  if is_split and tests:
+    return _files(train), _files(tests[0])
+  files = _files(train if is_split else folder)
   is_test = [
     share_of(f'{file.label}/{file.place}') < test_share for file in files
   ]

@@ -21,6 +21,7 @@ import grain
 import jax
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from ds_jax import config as config_lib
 from ds_jax.data import augment, decoding, sources, transforms
@@ -48,12 +49,12 @@ class BadImages:
   def __len__(self) -> int:
     return len(self._names)
 
-  def add(self, error: decoding.ImageError, key: str) -> None:
-    """Notes one, by a key of its own."""
+  def add(self, error: decoding.ImageError) -> None:
+    """Notes one, by its error, which names it."""
     with self._lock:
-      if key in self._names:
+      if str(error) in self._names:
         return
-      self._names.add(key)
+      self._names.add(str(error))
     logging.warning('Skipped: %s', error)
 
 
@@ -434,19 +435,30 @@ class _Reader:
     """Returns what the function does, or None where the image is skipped."""
     try:
       example = self._source[index]
-      if isinstance(example['image'], decoding.Picture):
-        picture = dataclasses.replace(
-          example['image'], background=tuple(self._config.background)
-        )
-        example = {**example, 'image': picture}
-      return function(example)
+      image = self._as_read(example['image'], index)
+      return function({**example, 'image': image})
     except decoding.ImageError as error:
       if self._config.on_bad_image == 'raise':
         raise decoding.ImageError(
-          f"{error} Remove it, or set dataset.on_bad_image='skip'."
+          f"{error} Mend it, or set dataset.on_bad_image='skip'."
         ) from error
-      self._bad_images.add(error, f'{self._source!r} {index}')
+      self._bad_images.add(error)
       return None
+
+  def _as_read(self, image: Any, index: int) -> np.ndarray | decoding.Picture:
+    background = tuple(self._config.background)
+    if isinstance(image, decoding.Picture):
+      return dataclasses.replace(image, background=background)
+    if isinstance(image, Image.Image):
+      return decoding.rgb(image, background)
+    shape, dtype = np.shape(image), getattr(image, 'dtype', None)
+    if dtype == np.uint8 and len(shape) == 3 and shape[-1] == 3:
+      return image
+    raise ValueError(
+      f'Image {index} of {self._source!r} is a {type(image).__name__} of shape'
+      f' {shape} and dtype {dtype}: expected uint8 (H, W, 3) in 0 .. 255, an'
+      ' image of Pillow, or a ds_jax.data.Picture.'
+    )
 
 
 def _evaluated(

@@ -232,8 +232,9 @@ def channel_statistics(
     ValueError: if the name is unknown.
   """
   kind, rest, _ = _parse_name(name, data_dir='any')
-  if kind == 'tfds' and rest in _TFDS:
-    return _TFDS[rest].mean, _TFDS[rest].std
+  facts = _TFDS.get(rest.partition(':')[0])
+  if kind == 'tfds' and facts:
+    return facts.mean, facts.std
   return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -496,8 +497,13 @@ def _split_of(
       f'The copy in {where} has no split train, only {sorted(splits)}.'
     )
   tests = [name for name in ('test', 'validation') if name in splits]
-  if tests:
-    return open_split('train' if split == 'train' else tests[0])
+  if tests and split == 'train':
+    return open_split('train')
+  for name in tests:
+    source = open_split(name)
+    # Some sets keep the labels of their test split to themselves.
+    if not len(source) or source[0]['label'] >= 0:
+      return source
   source = open_split('train')
   is_test = np.array(
     [folder.share_of(str(i)) < test_share for i in range(len(source))]
@@ -516,8 +522,9 @@ def _load_tfds(
   builder = _find_array_record_copy(name, path)
   image, label = _tfds_keys(name, builder.info)
   splits = list(builder.info.splits)
-  if name in _TFDS:
-    expected = _TFDS[name].test_split if split == 'test' else split
+  facts = _TFDS.get(name.partition(':')[0])
+  if facts:
+    expected = facts.test_split if split == 'test' else split
     if expected not in splits:
       raise DatasetNotFoundError(
         f'The copy in {builder.data_dir} has no split {expected!r}, only'
@@ -600,7 +607,8 @@ def _how_to_prepare(name: str, folder_path: pathlib.Path | str) -> str:
   command = (
     f'tfds build {name} --file_format=array_record --data_dir={folder_path}'
   )
-  manual_files = _TFDS[name].manual_files if name in _TFDS else ()
+  facts = _TFDS.get(name.partition(':')[0])
+  manual_files = facts.manual_files if facts else ()
   if manual_files:
     command += ' --manual_dir=MANUAL_DIR'
   lines = [

@@ -4,7 +4,7 @@ Axes: N images, B of a batch.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -20,26 +20,26 @@ class Sizes:
   """The sizes that have run, of every program. Threads may share it."""
 
   def __init__(self):
-    self._known: dict[Hashable, set[int]] = {}
-    self._lock = threading.Lock()
+    self._known: dict[Hashable, frozenset[int]] = {}
+    self._compiling = threading.Lock()
 
   def plan(self, program: Hashable, count: int) -> list[int]:
     """Returns the sizes of the batches for some images; see `split`."""
-    with self._lock:
-      return split(count, self._known.get(program, set()))
+    return split(count, self._known.get(program, frozenset()))
 
   def run(self, program: Hashable, size: int, call: Callable[[], Any]) -> Any:
     """Calls; the first call of a size alone, so that it compiles once."""
-    known = self._known.setdefault(program, set())
-    if size in known:
+    if size in self._known.get(program, ()):
       return call()
-    with self._lock:
+    with self._compiling:
       result = call()
-      known.add(size)
+      # A new set, which those who read it need no lock for.
+      known = self._known.get(program, frozenset())
+      self._known[program] = known | {size}
       return result
 
 
-def split(count: int, known: set[int]) -> list[int]:
+def split(count: int, known: Set[int]) -> list[int]:
   """Returns sizes of batches that hold so many images.
 
   All but the last few are of `LIMIT`. The rest goes into the next power of two;

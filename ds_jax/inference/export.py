@@ -134,6 +134,11 @@ class Exported:
     call = jax.jit(exported.call, compiler_options=options)
     self._call = functools.partial(call, leaves)
 
+  @property
+  def image_size(self) -> int:
+    """S, the side of what the network takes, in pixels."""
+    return self.preparation.image_size
+
   def __call__(self, images: np.ndarray) -> predictors.Prediction:
     """Classifies images, B at a time.
 

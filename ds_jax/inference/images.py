@@ -118,7 +118,7 @@ def files(pattern: str) -> list[pathlib.Path]:
   Raises:
     FileNotFoundError: if there is none.
   """
-  path = pathlib.Path(paths.expanded(pattern))
+  path = pathlib.Path(os.path.expanduser(pattern))
   if path.is_dir():
     found = list(folder.pictures(path))
   elif path.exists():

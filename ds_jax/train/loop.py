@@ -136,17 +136,20 @@ class Run:
     self._experiment = warm_start.with_statistics(
       phases.with_classes(given, self._info), saved
     )
+    self._class_names = phases.class_names(self._experiment, self._info)
     # Statistics as they were given: None goes by the weights.
     self._config = dataclasses.asdict(
       dataclasses.replace(self._experiment, dataset=given.dataset)
     )
     self._bad_images = data.BadImages()
+    fields = resume.flatten(self._config)
+    fields |= {
+      'dataset.class_names': list(self._class_names),
+      'dataset.mean': self._experiment.dataset.mean,
+      'dataset.std': self._experiment.dataset.std,
+    }
     hosts.check_same_run(
-      {
-        k: v
-        for k, v in resume.flatten(self._config).items()
-        if k not in resume.FREE_FIELDS
-      }
+      {k: v for k, v in fields.items() if k not in resume.FREE_FIELDS}
     )
     phases.check_dataset(self._experiment, self._info)
     try:
@@ -159,7 +162,8 @@ class Run:
       self.phases = phases.make_phases(
         self._experiment, self._model, self._executor
       )
-      hosts.check_same_images(data.num_images(self._experiment.dataset))
+      self._num_images = data.num_images(self._experiment.dataset)
+      hosts.check_same_images(self._num_images)
       self._gate_target = routing.GateTarget(
         self._experiment.gate.target, self._experiment.gate.target_madds
       )
@@ -255,8 +259,11 @@ class Run:
       self._config,
       phases.NAMES[: position.phase + 1],
     )
-    resume.check_same_classes(
-      restored.meta.get('class_names'), self._info.class_names
+    resume.check_same_images(
+      restored.meta.get('class_names'),
+      restored.meta.get('num_images'),
+      self._class_names,
+      self._num_images,
     )
     logging.info(
       'Resuming %s at step %d, from %s.',
@@ -353,7 +360,7 @@ class Run:
         state.network, router, self._eval_batches()
       ),
     )
-    results = {**results, 'class_names': list(self._info.class_names)}
+    results = {**results, 'class_names': list(self._class_names)}
     if jax.process_index() == 0:
       evaluation.write(results, self._workdir)
       logging.info(
@@ -433,6 +440,7 @@ class Run:
         'phase': (*phases.NAMES, _TRAINED)[done.phase],
         'has_gate': self._has_gate(done),
         'config': self._config,
+        'num_images': self._num_images,
         'versions': hosts.versions(),
         **self._prediction_meta(),
       },
@@ -445,7 +453,7 @@ class Run:
     mean, std = data.channel_statistics(experiment.dataset)
     return {
       'model': experiment.model,
-      'class_names': self._info.class_names,
+      'class_names': self._class_names,
       'image_size': experiment.dataset.image_size,
       'crop_ratio': experiment.dataset.crop_ratio,
       'interpolation': experiment.dataset.interpolation,

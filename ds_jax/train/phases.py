@@ -26,6 +26,18 @@ def with_classes(
   return dataclasses.replace(experiment, model=model)
 
 
+def class_names(
+  experiment: config_lib.Experiment, info: data.DatasetInfo
+) -> tuple[str, ...]:
+  """Returns a name for each of the model's outputs.
+
+  Those that the data set has no class for have their number.
+  """
+  num_classes = experiment.model.get('num_classes', 1000)
+  known = info.class_names[:num_classes]
+  return (*known, *map(str, range(len(known), num_classes)))
+
+
 def with_target(
   experiment: config_lib.Experiment, model
 ) -> config_lib.Experiment:

@@ -11,12 +11,17 @@ from absl import logging
 from ds_jax import config as config_lib
 from ds_jax import fields, hosts, models
 
-# Where the images are and how they are read, not what they are.
+# Where the images are and how they are read, not what they are: hosts may
+# differ in it.
 FREE_FIELDS = (
   'dataset.data_dir',
   'dataset.num_threads',
   'dataset.read_ahead_mib',
 )
+
+# What a run may go on with otherwise. Until an image can't be read, raising and
+# skipping are the same.
+_MAY_CHANGE = ('dataset.on_bad_image',)
 
 
 def check_same_config(
@@ -37,7 +42,7 @@ def check_same_config(
     f'{name} was {saved.get(name)!r} and is {given.get(name)!r}'
     for name in sorted(saved.keys() | given.keys())
     if name.split('.')[0] in sections
-    and name not in FREE_FIELDS
+    and name not in (*FREE_FIELDS, *_MAY_CHANGE)
     and saved.get(name) != given.get(name)
   ]
   if differences:
@@ -48,19 +53,41 @@ def check_same_config(
     )
 
 
-def check_same_classes(
-  saved: Sequence[str] | None, given: Sequence[str]
+def check_same_images(
+  saved_classes: Sequence[str] | None,
+  saved_counts: Mapping[str, int] | None,
+  classes: Sequence[str],
+  counts: Mapping[str, int],
 ) -> None:
-  """Raises ConfigError where classes have other names, or another order."""
-  if saved is None or list(saved) == list(given):
-    return
-  gone = [name for name in saved if name not in given]
-  new = [name for name in given if name not in saved]
-  raise config_lib.ConfigError(
-    f'The workdir holds a run of other classes: {gone or "none"} of its'
-    f' {len(saved)} are gone, and {new or "none"} of the {len(given)} here are'
-    ' new. Put the data back, or choose a new workdir.'
-  )
+  """Raises ConfigError where there are other classes, or images.
+
+  With one image more, others would be held out, and their order be another.
+
+  Args:
+    saved_classes: names; None where the checkpoint does not say them.
+    saved_counts: images in each part; None likewise.
+    classes: here.
+    counts: here.
+  """
+  if saved_classes is not None and list(saved_classes) != list(classes):
+    gone = [name for name in saved_classes if name not in classes]
+    new = [name for name in classes if name not in saved_classes]
+    raise config_lib.ConfigError(
+      f'The workdir holds a run of other classes, or in another order:'
+      f' {gone or "none"} of its {len(saved_classes)} are gone, and'
+      f' {new or "none"} of the {len(classes)} here are new. Put the data back,'
+      ' or choose a new workdir.'
+    )
+  if saved_counts is not None and dict(saved_counts) != dict(counts):
+    raise config_lib.ConfigError(
+      f'The workdir holds a run on {_counts(saved_counts)} images, and there'
+      f' are {_counts(counts)}. Put the data back, or choose a new workdir; to'
+      ' go on with other images, name this one in config.init.checkpoint.'
+    )
+
+
+def _counts(counts) -> str:
+  return ', '.join(f'{count:,} {part}' for part, count in counts.items())
 
 
 def _whole(config):
@@ -106,6 +133,7 @@ def flatten(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
       flat.update(flatten(value, f'{prefix}{name}.'))
     else:
       flat[prefix + name] = value
-  if 'dataset.name' in flat:  # the kind of idx:DIR
-    flat['dataset.name'] = flat['dataset.name'].partition(':')[0]
+  kind = str(flat.get('dataset.name')).partition(':')[0]
+  if kind in ('idx', 'imagefolder', 'hf'):  # of which the rest is a place
+    flat['dataset.name'] = kind
   return flat

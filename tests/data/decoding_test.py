@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ds_jax import config as config_lib
 from ds_jax import data, inference
@@ -121,6 +121,22 @@ def test_a_picture_is_upright(orientation, size):
   found = transforms.resize(picture, *size)
   expected = transforms.resize(upright, *size)
   np.testing.assert_allclose(found.astype(int), expected.astype(int), atol=6)
+
+
+@pytest.mark.parametrize('form', ['PNG', 'WEBP', 'TIFF'])
+@pytest.mark.parametrize('orientation', [1, 3, 6, 8])
+def test_every_format_is_turned_once(form, orientation):
+  """As Pillow's own function for it does."""
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  content = encoded(photo(20, 12), form, exif=exif)
+  upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+  expected = np.asarray(upright.convert('RGB'))
+  picture = data.Picture(content)
+  assert picture.shape == expected.shape
+  np.testing.assert_array_equal(picture, expected)
+  opened = Image.open(io.BytesIO(content))
+  np.testing.assert_array_equal(decoding.rgb(opened), expected)
 
 
 @pytest.mark.parametrize('size', [100, 60, 30, 20])

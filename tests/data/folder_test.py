@@ -38,7 +38,7 @@ def load(root, test_share=0.2, drop_copies=True):
   return folder.load(root, test_share, drop_copies)
 
 
-@pytest.mark.parametrize('test_name', ['val', 'validation', 'test'])
+@pytest.mark.parametrize('test_name', ['val', 'valid', 'validation', 'Test'])
 def test_two_splits(tmp_path, test_name):
   write(tmp_path / 'train/a cat/x y.png', 0)
   write(tmp_path / 'train/a cat/deep/er/z.PNG', 1)
@@ -61,6 +61,23 @@ def test_two_splits(tmp_path, test_name):
   assert (info.num_train, info.num_test, info.num_classes) == (3, 2, 2)
   assert info.class_names == ('a cat', 'Žluťoučký') and info.labels is None
   assert info.mean == info.std == (0.5, 0.5, 0.5)
+
+
+def test_of_several_splits_the_test_split_counts(tmp_path, log):
+  for i, split in enumerate(['Training', 'val', 'TEST', 'extra']):
+    write(tmp_path / split / 'a' / '1.png', i)
+  found = load(tmp_path)
+  assert names(found['train'], tmp_path) == ['Training/a/1.png']
+  assert names(found['test'], tmp_path) == ['TEST/a/1.png']
+  assert 'extra, val' in log.text
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+  for i in range(30):
+    write(tmp_path / ('bus', 'car', 'train')[i % 3] / f'{i}.png', i)
+  found = load(tmp_path)
+  assert found['train'].class_names == ('bus', 'car', 'train')
+  assert len(found['train']) + len(found['test']) == 30
 
 
 def test_the_split_by_names_moves_no_other_file(tmp_path):
@@ -149,7 +166,7 @@ def test_what_is_odd_is_named(tmp_path, log):
   [
     ((), 'No pictures in .*: expected a sub-folder for each class'),
     (('1.png',), 'No pictures in .*: expected a sub-folder for each class'),
-    (('val/a/1.png',), 'has val, but no train'),
+    (('val/a/1.png',), 'has val, but no train with a folder for each class'),
   ],
 )
 def test_a_folder_without_classes_is_an_error(tmp_path, files, message):
@@ -248,7 +265,7 @@ def test_evaluation_counts_each_image_once(mixed):
 @pytest.mark.parametrize('threads', [0, 2])
 def test_a_bad_image_ends_with_its_name(mixed, threads):
   options = config(mixed, on_bad_image='raise', num_threads=threads)
-  message = "c./...png is no picture.*Remove it, or set dataset.on_bad_image='s"
+  message = "c./...png is no picture.*Mend it, or set dataset.on_bad_image='s"
   with pytest.raises(data.ImageError, match=message):
     take(data.train_batches(options, seed=3), 12)
   with pytest.raises(data.ImageError, match='val/c1/13.png can not be read'):

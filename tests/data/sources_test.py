@@ -1,5 +1,6 @@
 """Tests of the sources by name; TFDS copies are real files, made here."""
 
+import functools
 import io
 import json
 import pathlib
@@ -13,6 +14,7 @@ from absl.testing import parameterized
 from PIL import Image
 from sklearn import datasets
 
+from ds_jax import config as config_lib
 from ds_jax import data
 from ds_jax.data import sources
 
@@ -263,6 +265,22 @@ class TestAnyTfds:
     info = sources.dataset_info(f'tfds:{name}', self.data_dir)
     assert info.class_names == ('0', '1', '2') and info.num_classes == 3
 
+  def test_labels_that_are_kept_back_are_none(self):
+    kept_back = [(image, -1) for image, _ in self.examples]
+    self.write(
+      {
+        'train': self.examples[:3],
+        'test': kept_back,
+        'validation': self.examples[3:],
+      }
+    )
+    source = data.load_source('tfds:birds/small', 'test', self.data_dir)
+    assert len(source) == 2 and source[0]['label'] == 0
+
+  def test_a_version_of_a_known_set_has_its_facts(self):
+    mean, _ = sources.channel_statistics('tfds:imagenet2012:5.1.0')
+    assert mean == (0.485, 0.456, 0.406)
+
   def test_another_version_is_not_taken(self):
     self.write({'train': self.examples, 'test': self.examples})
     with pytest.raises(data.DatasetNotFoundError, match='small/2.0.0/dataset_'):
@@ -354,6 +372,7 @@ class TestHuggingFace:
 
 _OWN = """
 import numpy as np
+from PIL import Image
 
 class Source:
   class_names = ('low', 'high')
@@ -376,6 +395,13 @@ def plain(split):
 
 def wrong(split):
   return 3
+
+def pictures(split):
+  image = Image.new('L', (5, 4), 77)
+  return [{'image': image, 'label': i} for i in (0, 1)]
+
+def floats(split):
+  return [{'image': np.zeros((4, 4, 3)), 'label': i} for i in (0, 1)]
 """
 
 
@@ -395,6 +421,18 @@ class TestOwn:
     info = sources.dataset_info('own_pictures:plain')
     assert info.labels == (0, 4) and info.num_classes == 5
     assert info.class_names == ('0', '1', '2', '3', '4')
+
+  def test_it_may_give_images_of_pillow_but_no_floats(self):
+    options = dict(image_size=4, batch_size=2, num_threads=0, crop=None)
+    train = functools.partial(data.train_batches, seed=0)
+    config = config_lib.DataConfig('own_pictures:pictures', **options)
+    for open_batches in (train, data.eval_batches):
+      assert (next(open_batches(config))['images'] == 77).all()
+    config = config_lib.DataConfig('own_pictures:floats', **options)
+    for open_batches in (train, data.eval_batches):
+      batches = open_batches(config)
+      with pytest.raises(ValueError, match='dtype float64: expected uint8'):
+        next(batches)
 
   @pytest.mark.parametrize(
     ('name', 'error', 'message'),

@@ -29,7 +29,7 @@ def write(root, counts=(30, 30, 30)):
         pixels[:, 3 * label : 3 * label + 2] += 120
         Image.fromarray(pixels).save(root / split / name / f'{i}.png')
   (root / 'train/a cat/7.png').write_bytes(b'text')
-  (root / 'val/eel/3.png').write_bytes(b'text')
+  (root / 'val/eel/3.png').write_bytes(b'other text')
 
 
 def make_config(root):
@@ -83,13 +83,48 @@ def test_it_is_resumed_on_the_same_classes_alone(run, tmp_path):
   (root / 'train/dög').rename(root / 'train/wolf')
   folder.load.cache_clear()
   try:
-    message = r"classes: \['dög'\] of its 3 are gone, and \['wolf'\] of the 3"
+    message = r"order: \['dög'\] of its 3 are gone, and \['wolf'\] of the 3"
     with pytest.raises(config_lib.ConfigError, match=message):
       loop.train(config, workdir)
   finally:
     (root / 'train/wolf').rename(root / 'train/dög')
     (tmp_path / 'val dög').rename(root / 'val/dög')
     folder.load.cache_clear()
+
+
+def test_one_picture_more_is_another_run(run):
+  root, config, workdir, results = run
+  more = root / 'train/eel/more.png'
+  Image.new('RGB', (8, 8)).save(more)
+  folder.load.cache_clear()
+  try:
+    message = 'on 30 test, 72 train, 18 budget images, and there are 30 te'
+    with pytest.raises(config_lib.ConfigError, match=message):
+      loop.train(config, workdir)
+  finally:
+    more.unlink()
+    folder.load.cache_clear()
+  assert loop.train(config, workdir) == results
+
+
+def test_a_run_that_met_a_bad_picture_goes_on_by_skipping(run):
+  _, config, workdir, results = run
+  config = config.copy_and_resolve_references()
+  config.dataset.on_bad_image = 'raise'
+  with pytest.raises(ds_jax.data.ImageError, match='val/eel/3.png is no pict'):
+    loop.train(config, workdir)
+  config.dataset.on_bad_image = 'skip'
+  assert loop.train(config, workdir) == results
+
+
+def test_outputs_without_a_class_have_their_number(run, tmp_path):
+  root, _, _, _ = run
+  config = make_config(root)
+  config.model.num_classes = 3
+  config.dataset.name = 'idx:' + micro.write_images(tmp_path).partition(':')[2]
+  config.model.num_classes = 5
+  with loop.Run(config, tmp_path / 'run') as run:
+    assert run._prediction_meta()['class_names'] == ('0', '1', '2', '3', '4')
 
 
 def statistics(config, workdir):
@@ -158,10 +193,19 @@ def test_files_beside_weights_say_their_statistics(
 
 def test_statistics_that_make_no_sense_are_refused(tmp_path):
   path = str(tmp_path / 'weights.safetensors')
-  said = {'image_mean': 0.5, 'image_std': [0.5, 0.5, 0.5]}
-  (tmp_path / 'preprocessor_config.json').write_text(json.dumps(said))
-  with pytest.raises(ValueError, match='image_mean is 0.5; expected three'):
-    convert.channel_statistics(path, formats.FORMATS[2])
+  for mean, std, message in (
+    (0.5, [0.5] * 3, 'image_mean is 0.5; expected three'),
+    ([0.5] * 3, [0.5, 0, 1], r'image_std is \[0.5, 0, 1\]; expected three'),
+    ([0.5, None, 1], [1] * 3, 'image_mean is .* expected three numbers'),
+  ):
+    said = {'image_mean': mean, 'image_std': std}
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=message):
+      convert.channel_statistics(path, formats.FORMATS[2])
+  for nothing in ('[]', '{"pretrained_cfg": null}'):
+    (tmp_path / 'preprocessor_config.json').write_text(nothing)
+    (tmp_path / 'config.json').write_text(nothing)
+    assert convert.channel_statistics(path, formats.FORMATS[2]) is None
   (tmp_path / 'preprocessor_config.json').write_text('{')
   with pytest.raises(ValueError, match='preprocessor_config.json is damaged'):
     convert.channel_statistics(path, formats.FORMATS[2])
