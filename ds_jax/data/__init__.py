@@ -14,13 +14,8 @@ from ds_jax.data.pipeline import (
   num_images,
   train_batches,
 )
-from ds_jax.data.sources import (
-  DatasetInfo,
-  DatasetNotFoundError,
-  Example,
-  Source,
-  load_source,
-)
+from ds_jax.data.source import DatasetNotFoundError, Example, Source
+from ds_jax.data.sources import DatasetInfo, load_source
 from ds_jax.data.transforms import for_evaluation, normalize
 
 __all__ = [

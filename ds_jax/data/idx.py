@@ -1,9 +1,10 @@
-"""The IDX file format of MNIST and its relatives.
+"""The IDX file format of MNIST and its relatives, and folders of four.
 
 A file is a four-byte magic (0, 0, type code, number of dimensions), one
 big-endian uint32 a dimension, then the values. Only unsigned bytes are read.
 """
 
+import functools
 import math
 import pathlib
 import struct
@@ -11,8 +12,58 @@ import zlib
 
 import numpy as np
 
+from ds_jax.data import source
+
 _UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b'\x1f\x8b'
+_PREFIX = {'train': 'train', 'test': 't10k'}
+
+
+@functools.lru_cache(maxsize=4)
+def load(folder: pathlib.Path, split: str) -> source.GreySource:
+  """Reads one split's image and label files.
+
+  Args:
+    folder: holds the four files.
+    split: `train` or `test`.
+
+  Raises:
+    DatasetNotFoundError: if one is missing.
+    ValueError: as `read_idx`, or for other numbers of images and labels.
+  """
+  prefix = _PREFIX[split]
+  images_path = _find_idx(folder, f'{prefix}-images', num_dims=3)
+  labels_path = _find_idx(folder, f'{prefix}-labels', num_dims=1)
+  images = read_idx(images_path, num_dims=3)
+  labels = read_idx(labels_path, num_dims=1)
+  if len(images) != len(labels):
+    raise ValueError(
+      f'{images_path} has {len(images)} images, but {labels_path} has'
+      f' {len(labels)} labels.'
+    )
+  return source.GreySource(f'idx:{folder}, {split}', images, labels)
+
+
+def _find_idx(folder: pathlib.Path, stem: str, num_dims: int) -> pathlib.Path:
+  """The first spelling of an IDX file's name that exists."""
+  spellings = [
+    f'{stem}{mark}idx{num_dims}-ubyte{ending}'
+    for mark in '-.'
+    for ending in ('', '.gz')
+  ]
+  for spelling in spellings:
+    if (folder / spelling).is_file():
+      return folder / spelling
+  wanted = ', '.join(
+    f'{prefix}-{content}-ubyte'
+    for prefix in _PREFIX.values()
+    for content in ('images-idx3', 'labels-idx1')
+  )
+  raise source.DatasetNotFoundError(
+    f'No {stem} file in {folder} (looked for {", ".join(spellings)}).\n'
+    f'An IDX data set is four files, gzipped (.gz) or not: {wanted}.\n'
+    f'{source.RUN_EMBEDDED}'
+  )
 
 
 def read_idx(path: pathlib.Path, num_dims: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ds_jax import config as config_lib
 from ds_jax.data import augment, decoding, sources, transforms
+from ds_jax.data import source as source_lib
 
 Batch = dict[str, np.ndarray]
 
@@ -58,7 +59,7 @@ class BadImages:
     logging.warning('Skipped: %s', error)
 
 
-def load_split(config: config_lib.DataConfig, split: str) -> sources.Source:
+def load_split(config: config_lib.DataConfig, split: str) -> source_lib.Source:
   """Opens the `train` or the `test` split; see `sources.load_source`."""
   return sources.load_source(
     config.name,
@@ -95,7 +96,7 @@ def normalizer(
   return functools.partial(transforms.normalize, mean=mean, std=std)
 
 
-def load_part(config: config_lib.DataConfig, part: str) -> sources.Source:
+def load_part(config: config_lib.DataConfig, part: str) -> source_lib.Source:
   """Opens the test split, or one of the disjoint parts of the train split.
 
   Which images are held out depends on the shares alone, not on a seed.
@@ -139,7 +140,7 @@ def load_part(config: config_lib.DataConfig, part: str) -> sources.Source:
       f' {config.gate_share} and budget_share {config.budget_share} of'
       f' {len(source)} images.'
     )
-  return sources.Subset(source, indices)
+  return source_lib.Subset(source, indices)
 
 
 def num_images(config: config_lib.DataConfig) -> dict[str, int]:
@@ -307,7 +308,9 @@ def num_eval_batches(config: config_lib.DataConfig, part: str = 'test') -> int:
   return _num_batches(load_part(config, part), config)
 
 
-def _num_batches(source: sources.Source, config: config_lib.DataConfig) -> int:
+def _num_batches(
+  source: source_lib.Source, config: config_lib.DataConfig
+) -> int:
   return -(-len(source) // config.batch_size)
 
 
@@ -344,7 +347,7 @@ def _training_example(
   config: config_lib.DataConfig,
   num_views: int,
   is_augmented: bool,
-  example: sources.Example,
+  example: source_lib.Example,
   rng: np.random.Generator,
 ) -> dict[str, Any]:
   """One training example, named as in a batch."""
@@ -423,14 +426,14 @@ class _Reader:
   def __init__(
     self,
     config: config_lib.DataConfig,
-    source: sources.Source,
+    source: source_lib.Source,
     bad_images: BadImages | None,
   ):
     self._config, self._source = config, source
     self._bad_images = BadImages() if bad_images is None else bad_images
 
   def __call__(
-    self, index: int, function: Callable[[sources.Example], Any]
+    self, index: int, function: Callable[[source_lib.Example], Any]
   ) -> Any:
     """Returns what the function does, or None where the image is skipped."""
     try:
@@ -462,14 +465,14 @@ class _Reader:
 
 
 def _evaluated(
-  config: config_lib.DataConfig, example: sources.Example
-) -> sources.Example:
+  config: config_lib.DataConfig, example: source_lib.Example
+) -> source_lib.Example:
   image = for_evaluation(config, example['image'])
-  return sources.Example(image=image, label=example['label'])
+  return source_lib.Example(image=image, label=example['label'])
 
 
 def _masked_batch(
-  examples: list[sources.Example | None], config: config_lib.DataConfig
+  examples: list[source_lib.Example | None], config: config_lib.DataConfig
 ) -> Batch:
   """Stacks examples for evaluation; None is masked zeros."""
   size = config.image_size

@@ -1,8 +1,7 @@
-"""Random-access image sources by name.
+"""Data sets by name.
 
-A source has a length and gives an `Example` for an index. Nothing here
-downloads: a data set that is not on disk raises `DatasetNotFoundError`, which
-says how to prepare it. `digits` is embedded.
+Nothing here downloads: a data set that is not on disk raises
+`DatasetNotFoundError`, which says how to prepare it. `digits` is embedded.
 
 Axes: N images, H, W.
 """
@@ -12,38 +11,18 @@ import functools
 import importlib
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ds_jax import paths
-from ds_jax.data import decoding, folder
-from ds_jax.data.idx import read_idx
+from ds_jax.data import digits, folders, hugging_face, idx, tfds_copies
+from ds_jax.data import source as source_lib
 
-
-class Example(TypedDict):
-  """One labelled image."""
-
-  image: np.ndarray | decoding.Picture  # uint8 (H, W, 3), or still encoded
-  label: int
-
-
-class Source(Protocol):
-  """A random-access data set, that threads may read at the same time.
-
-  It may have `class_names`, of the labels from 0 on; else `labels`, (N,)
-  integers, or, to be read whole for them, neither.
-  """
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> Example: ...
-
-
-class DatasetNotFoundError(FileNotFoundError):
-  """A known data set is not on disk in a form that can be read."""
+_KNOWN = (
+  *('digits', 'idx:DIR', 'imagefolder:DIR', 'hf:DIR'),
+  *('tfds:NAME[/CONFIG][:VERSION]', 'MODULE:FUNCTION', *tfds_copies.NAMES),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,47 +51,6 @@ class DatasetInfo:
   std: tuple[float, float, float]
 
 
-@dataclasses.dataclass(frozen=True)
-class _TfdsFacts:
-  """Constants of a data set of TFDS; mean and std in units of pixel / 255."""
-
-  num_classes: int
-  mean: tuple[float, float, float]
-  std: tuple[float, float, float]
-  test_split: str = 'test'
-  # Files that TFDS can't fetch by itself.
-  manual_files: tuple[str, ...] = ()
-
-
-_TFDS = {
-  'cifar10': _TfdsFacts(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-  'cifar100': _TfdsFacts(
-    100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-  ),
-  'fashion_mnist': _TfdsFacts(10, (0.2860,) * 3, (0.3530,) * 3),
-  'imagenet2012': _TfdsFacts(
-    1000,
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-    test_split='validation',
-    manual_files=('ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'),
-  ),
-}
-_KNOWN = (
-  *('digits', 'idx:DIR', 'imagefolder:DIR', 'hf:DIR'),
-  *('tfds:NAME[/CONFIG][:VERSION]', 'MODULE:FUNCTION', *_TFDS),
-)
-_IDX_PREFIX = {'train': 'train', 'test': 't10k'}
-_NUM_DIGITS_TRAIN = 1437
-_DIGITS_SIZE = 32
-
-_RUN_EMBEDDED = (
-  'To run without it, take the embedded data set:'
-  ' --config.dataset.name=digits (or another model on it:'
-  ' --config=configs/ds_digits.py).'
-)
-
-
 def load_source(
   name: str,
   split: str,
@@ -120,12 +58,12 @@ def load_source(
   *,
   test_share: float = 0.2,
   drop_copies: bool = True,
-) -> Source:
+) -> source_lib.Source:
   """Opens one split of a data set.
 
   Args:
     name: `digits`; `idx:DIR`, four IDX files; `imagefolder:DIR`, a folder with
-      one of pictures for each class (see `ds_jax.data.folder`); `hf:DIR`, a
+      one of pictures for each class (see `ds_jax.data.folders`); `hf:DIR`, a
       data set of Hugging Face `datasets` saved there;
       `tfds:NAME[/CONFIG][:VERSION]`, an array_record copy of TFDS, for which
       `cifar10`, `cifar100`, `fashion_mnist` and `imagenet2012` are short; or
@@ -136,7 +74,7 @@ def load_source(
     data_dir: where TFDS copies are; None or '' means $TFDS_DATA_DIR, else
       ~/tensorflow_datasets. Or DIR, for a name without one.
     test_share: of the images, for the test split, where there is none.
-    drop_copies: as of `ds_jax.data.folder.load`.
+    drop_copies: as of `ds_jax.data.folders.load`.
 
   Returns:
     The source. Loading the same one again returns the same object.
@@ -148,20 +86,17 @@ def load_source(
   """
   if split not in ('train', 'test'):
     raise ValueError(f"Unknown split {split!r}; known: 'train', 'test'.")
-  kind, rest, folder_path = _parse_name(name, data_dir)
+  kind, rest, folder = _parse_name(name, data_dir)
   if kind == 'digits':
-    return _load_digits()[split]
+    return digits.load()[split]
   if kind == 'idx':
-    return _load_idx(folder_path, split)
+    return idx.load(folder, split)
   if kind == 'imagefolder':
-    try:
-      return folder.load(folder_path, test_share, drop_copies)[split]
-    except folder.FolderError as error:
-      raise DatasetNotFoundError(f'{error}\n{_RUN_EMBEDDED}') from error
+    return folders.load(folder, test_share, drop_copies)[split]
   if kind == 'hf':
-    return _load_hugging_face(folder_path, split, test_share)
+    return hugging_face.load(folder, split, test_share)
   if kind == 'tfds':
-    return _load_tfds(rest, folder_path, split, test_share)
+    return tfds_copies.load(rest, folder, split, test_share)
   return _load_own(kind, rest, split)
 
 
@@ -184,8 +119,8 @@ def dataset_info(
   """
   train = load_source(name, 'train', data_dir, **options)
   test = load_source(name, 'test', data_dir, **options)
-  for split, source in (('train', train), ('test', test)):
-    if not len(source):
+  for split, images in (('train', train), ('test', test)):
+    if not len(images):
       raise ValueError(
         f'The {split} split of {name!r} has no images. Put some there.'
       )
@@ -209,7 +144,7 @@ def dataset_info(
   )
 
 
-def _labels_of(source: Source) -> np.ndarray:
+def _labels_of(source: source_lib.Source) -> np.ndarray:
   if hasattr(source, 'labels'):
     return np.asarray(source.labels)
   return np.array([source[i]['label'] for i in range(len(source))])
@@ -232,108 +167,10 @@ def channel_statistics(
     ValueError: if the name is unknown.
   """
   kind, rest, _ = _parse_name(name, data_dir='any')
-  facts = _TFDS.get(rest.partition(':')[0])
+  facts = tfds_copies.facts_of(rest)
   if kind == 'tfds' and facts:
     return facts.mean, facts.std
   return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-class GreySource:
-  """Grey images held in memory, given as RGB.
-
-  Attributes:
-    images: uint8 (N, H, W).
-    labels: uint8 (N,).
-  """
-
-  def __init__(self, name: str, images: np.ndarray, labels: np.ndarray):
-    self._name = name
-    self.images = images
-    self.labels = labels
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-  def __getitem__(self, index: int) -> Example:
-    image = np.repeat(self.images[index][:, :, None], 3, axis=2)
-    return Example(image=image, label=int(self.labels[index]))
-
-  def __repr__(self) -> str:
-    return f'GreySource({self._name})'
-
-
-class EncodedSource:
-  """Records of encoded images, decoded when they are asked for.
-
-  Attributes:
-    class_names: of the labels.
-  """
-
-  def __init__(
-    self,
-    name: str,
-    records: Sequence[dict[str, Any]],
-    class_names: Sequence[str],
-    keys: tuple[str, str] = ('image', 'label'),
-  ):
-    """Reads nothing yet.
-
-    Args:
-      name: for `repr`, and for errors.
-      records: give dicts with an encoded image (bytes, or a dict of `bytes` and
-        `path`) and a label.
-      class_names: of the labels.
-      keys: of image and label in a record.
-    """
-    self._name = name
-    self._records = records
-    self._keys = keys
-    self.class_names = tuple(class_names)
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> Example:
-    record = self._records[index]
-    image, label = (record[key] for key in self._keys)
-    if isinstance(image, dict):
-      if image['bytes'] is None:
-        picture = decoding.from_file(image['path'])
-        return Example(image=picture, label=int(label))
-      image = image['bytes']
-    picture = decoding.Picture(image, f'image {index} of {self._name}')
-    return Example(image=picture, label=int(label))
-
-  def __repr__(self) -> str:
-    return f'EncodedSource({self._name})'
-
-
-class Subset:
-  """Some images of a source."""
-
-  def __init__(self, source: Source, indices: np.ndarray):
-    """Reads nothing yet.
-
-    Args:
-      source: of all images.
-      indices: (n,) of those to give, in this order.
-    """
-    self._source = source
-    self._indices = indices
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def __getitem__(self, index: int) -> Example:
-    return self._source[int(self._indices[index])]
-
-  def __getattr__(self, name: str):
-    if name == 'class_names':
-      return self._source.class_names
-    raise AttributeError(name)
-
-  def __repr__(self) -> str:
-    return f'Subset({self._source!r}, {len(self)} of {len(self._source)})'
 
 
 def _parse_name(
@@ -345,85 +182,19 @@ def _parse_name(
     return name, '', pathlib.Path()
   if kind in ('idx', 'imagefolder', 'hf') and (rest or data_dir):
     return kind, '', pathlib.Path(paths.expanded(rest or data_dir))
-  if name in _TFDS:
+  if name in tfds_copies.NAMES:
     kind, rest = 'tfds', name
   if kind == 'tfds' and rest:
     default = os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
     return kind, rest, pathlib.Path(paths.expanded(data_dir or default))
   is_own = all(part.isidentifier() for part in [*kind.split('.'), rest])
-  if not is_own or kind in ('digits', *_TFDS):
+  if not is_own or kind in ('digits', *tfds_copies.NAMES):
     raise ValueError(f'Unknown data set {name!r}; known: {", ".join(_KNOWN)}.')
   return kind, rest, pathlib.Path()
 
 
-@functools.lru_cache(maxsize=1)
-def _load_digits() -> dict[str, GreySource]:
-  """scikit-learn's 1,797 digits at 32x32: 1,437 train, 360 test.
-
-  The split is one fixed permutation, not stratified.
-  """
-  # Imported here: it takes over a second, and no other source needs it.
-  from sklearn import datasets
-
-  digits = datasets.load_digits()
-  images = np.stack([_enlarged_digit(image) for image in digits.images])
-  labels = digits.target.astype(np.uint8)
-  # RandomState's stream is frozen for good; default_rng's is not.
-  order = np.random.RandomState(0).permutation(len(images))
-  train, test = order[:_NUM_DIGITS_TRAIN], order[_NUM_DIGITS_TRAIN:]
-  return {
-    'train': GreySource('digits, train', images[train], labels[train]),
-    'test': GreySource('digits, test', images[test], labels[test]),
-  }
-
-
-def _enlarged_digit(values: np.ndarray) -> np.ndarray:
-  """Takes an (8, 8) digit with values 0 .. 16 to uint8 (32, 32)."""
-  pixels = np.round(values * (255 / 16)).astype(np.uint8)
-  size = (_DIGITS_SIZE, _DIGITS_SIZE)
-  return np.asarray(Image.fromarray(pixels).resize(size, Image.BILINEAR))
-
-
 @functools.lru_cache(maxsize=4)
-def _load_idx(folder: pathlib.Path, split: str) -> GreySource:
-  """Reads one split's image and label files."""
-  prefix = _IDX_PREFIX[split]
-  images_path = _find_idx(folder, f'{prefix}-images', num_dims=3)
-  labels_path = _find_idx(folder, f'{prefix}-labels', num_dims=1)
-  images = read_idx(images_path, num_dims=3)
-  labels = read_idx(labels_path, num_dims=1)
-  if len(images) != len(labels):
-    raise ValueError(
-      f'{images_path} has {len(images)} images, but {labels_path} has'
-      f' {len(labels)} labels.'
-    )
-  return GreySource(f'idx:{folder}, {split}', images, labels)
-
-
-def _find_idx(folder: pathlib.Path, stem: str, num_dims: int) -> pathlib.Path:
-  """The first spelling of an IDX file's name that exists."""
-  spellings = [
-    f'{stem}{mark}idx{num_dims}-ubyte{ending}'
-    for mark in '-.'
-    for ending in ('', '.gz')
-  ]
-  for spelling in spellings:
-    if (folder / spelling).is_file():
-      return folder / spelling
-  wanted = ', '.join(
-    f'{prefix}-{content}-ubyte'
-    for prefix in _IDX_PREFIX.values()
-    for content in ('images-idx3', 'labels-idx1')
-  )
-  raise DatasetNotFoundError(
-    f'No {stem} file in {folder} (looked for {", ".join(spellings)}).\n'
-    f'An IDX data set is four files, gzipped (.gz) or not: {wanted}.\n'
-    f'{_RUN_EMBEDDED}'
-  )
-
-
-@functools.lru_cache(maxsize=4)
-def _load_own(module: str, function: str, split: str) -> Source:
+def _load_own(module: str, function: str, split: str) -> source_lib.Source:
   """Calls a user's function."""
   name = f'{module}:{function}'
   try:
@@ -441,183 +212,3 @@ def _load_own(module: str, function: str, split: str) -> Source:
       ' index.'
     )
   return source
-
-
-@functools.lru_cache(maxsize=8)
-def _load_hugging_face(
-  path: pathlib.Path, split: str, test_share: float
-) -> Source:
-  """Opens one split of a data set that `datasets` has saved to disk."""
-  try:
-    # Imported here: an option.
-    import datasets
-  except ImportError as error:
-    raise ImportError(
-      "hf:DIR needs the package datasets: pip install -e '.[hf]'."
-    ) from error
-  try:
-    found = datasets.load_from_disk(str(path))
-  except FileNotFoundError as error:
-    raise DatasetNotFoundError(
-      f'No data set in {path}: expected what save_to_disk of Hugging Face'
-      f' datasets has written. {error}\n{_RUN_EMBEDDED}'
-    ) from error
-  splits = {'train': found} if not isinstance(found, dict) else dict(found)
-
-  def open_split(name):
-    records = splits[name]
-    images, labels = (
-      [k for k, column in records.features.items() if isinstance(column, kind)]
-      for kind in (datasets.Image, datasets.ClassLabel)
-    )
-    if len(images) != 1 or len(labels) != 1:
-      raise ValueError(
-        f'{path} has the image columns {images} and the label columns {labels};'
-        ' expected one of each: select_columns, and cast the label to'
-        ' ClassLabel.'
-      )
-    names = records.features[labels[0]].names
-    records = records.cast_column(images[0], datasets.Image(decode=False))
-    keys = images[0], labels[0]
-    return EncodedSource(f'{path}, {name}', records, names, keys)
-
-  return _split_of(str(path), splits, split, open_split, test_share)
-
-
-def _split_of(
-  where: str,
-  splits: Sequence[str],
-  split: str,
-  open_split: Callable[[str], Source],
-  test_share: float,
-) -> Source:
-  """Opens the train split, or the one to test, whatever it is called."""
-  if 'train' not in splits:
-    raise DatasetNotFoundError(
-      f'The copy in {where} has no split train, only {sorted(splits)}.'
-    )
-  tests = [name for name in ('test', 'validation') if name in splits]
-  if tests and split == 'train':
-    return open_split('train')
-  for name in tests:
-    source = open_split(name)
-    # Some sets keep the labels of their test split to themselves.
-    if not len(source) or source[0]['label'] >= 0:
-      return source
-  source = open_split('train')
-  is_test = np.array(
-    [folder.share_of(str(i)) < test_share for i in range(len(source))]
-  )
-  return Subset(source, np.flatnonzero(is_test == (split == 'test')))
-
-
-@functools.lru_cache(maxsize=8)
-def _load_tfds(
-  name: str, path: pathlib.Path, split: str, test_share: float
-) -> Source:
-  """Opens one split of the newest array_record copy under a folder."""
-  # Imported here: the other sources do without it.
-  import tensorflow_datasets as tfds
-
-  builder = _find_array_record_copy(name, path)
-  image, label = _tfds_keys(name, builder.info)
-  splits = list(builder.info.splits)
-  facts = _TFDS.get(name.partition(':')[0])
-  if facts:
-    expected = facts.test_split if split == 'test' else split
-    if expected not in splits:
-      raise DatasetNotFoundError(
-        f'The copy in {builder.data_dir} has no split {expected!r}, only'
-        f' {sorted(splits)}.\n{_how_to_prepare(name, path)}'
-      )
-    # ImageNet's own test split has no labels.
-    splits = ['train', expected]
-
-  def open_split(tfds_split):
-    records = builder.as_data_source(
-      tfds_split,
-      decoders={image: tfds.decode.SkipDecoding()},
-      file_format='array_record',
-    )
-    return EncodedSource(
-      f'{builder.data_dir}, {tfds_split}',
-      records,
-      builder.info.features[label].names,
-      (image, label),
-    )
-
-  return _split_of(str(builder.data_dir), splits, split, open_split, test_share)
-
-
-def _tfds_keys(name, info) -> tuple[str, str]:
-  """The features of a data set that are its image and its label."""
-  import tensorflow_datasets as tfds
-
-  found = tuple(
-    [key for key, feature in info.features.items() if isinstance(feature, kind)]
-    for kind in (tfds.features.Image, tfds.features.ClassLabel)
-  )
-  keys = info.supervised_keys or ()
-  for i, candidates in enumerate(found):
-    if len(candidates) > 1:
-      found[i][:] = [key for key in candidates if key in keys]
-  if [len(candidates) for candidates in found] != [1, 1]:
-    raise ValueError(
-      f'tfds:{name} has the features {sorted(info.features)}: expected one'
-      ' image and one class label.'
-    )
-  return found[0][0], found[1][0]
-
-
-def _find_array_record_copy(name: str, folder_path: pathlib.Path):
-  """The TFDS builder of the newest version that gives random access."""
-  import tensorflow_datasets as tfds
-
-  place, _, wanted = name.partition(':')
-  versions = [
-    path.parent.name
-    for path in (folder_path / place).glob('*/dataset_info.json')
-    if tfds.core.Version.is_valid(path.parent.name)
-    and wanted in ('', path.parent.name)
-  ]
-  if not versions:
-    raise DatasetNotFoundError(
-      f'Data set {name!r} not found (looked for'
-      f' {folder_path / place}/{wanted or "VERSION"}/dataset_info.json).\n'
-      f'{_how_to_prepare(name, folder_path)}'
-    )
-  for version in sorted(versions, key=tfds.core.Version, reverse=True):
-    builder = tfds.builder_from_directory(folder_path / place / version)
-    formats = {form.value for form in builder.info.available_file_formats()}
-    if 'array_record' in formats:
-      return builder
-  raise DatasetNotFoundError(
-    f'The copy in {builder.data_dir} is {", ".join(sorted(formats))}, which'
-    ' gives no random access; an array_record copy is needed. Make one of it'
-    ' (needs TensorFlow: pip install -e ".[tf]"):\n'
-    f'  tfds convert_format --dataset_version_dir={builder.data_dir}'
-    f' --out_file_format=array_record --out_dir=DIR/{place}/{version}\n'
-    'and set dataset.data_dir=DIR; or build it anew.\n'
-    f'{_how_to_prepare(name, "DIR")}'
-  )
-
-
-def _how_to_prepare(name: str, folder_path: pathlib.Path | str) -> str:
-  """Tells how to get an array_record copy, and how to do without."""
-  command = (
-    f'tfds build {name} --file_format=array_record --data_dir={folder_path}'
-  )
-  facts = _TFDS.get(name.partition(':')[0])
-  manual_files = facts.manual_files if facts else ()
-  if manual_files:
-    command += ' --manual_dir=MANUAL_DIR'
-  lines = [
-    'Prepare it once (needs TensorFlow: pip install -e ".[tf]"):',
-    f'  {command}',
-  ]
-  if manual_files:
-    lines.append(
-      f'where MANUAL_DIR holds {" and ".join(manual_files)}, from'
-      ' https://image-net.org.'
-    )
-  return '\n'.join([*lines, _RUN_EMBEDDED])

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ds_jax import data, paths
-from ds_jax.data import decoding, folder
+from ds_jax.data import decoding, folders
 
 # Anything that a predictor takes for one image.
 Item = np.ndarray | data.Picture | Image.Image | bytes | str | os.PathLike
@@ -120,7 +120,7 @@ def files(pattern: str) -> list[pathlib.Path]:
   """
   path = pathlib.Path(os.path.expanduser(pattern))
   if path.is_dir():
-    found = list(folder.pictures(path))
+    found = list(folders.pictures(path))
   elif path.exists():
     found = [path]
   else:

@@ -277,6 +277,15 @@ class TestAnyTfds:
     source = data.load_source('tfds:birds/small', 'test', self.data_dir)
     assert len(source) == 2 and source[0]['label'] == 0
 
+  def test_without_any_labels_the_train_split_is_split(self):
+    kept_back = [(image, -1) for image, _ in self.examples]
+    self.write({'train': self.examples * 20, 'test': kept_back})
+    train, test = (
+      data.load_source('tfds:birds/small', split, self.data_dir)
+      for split in ('train', 'test')
+    )
+    assert len(train) + len(test) == 100 and len(test) > 8
+
   def test_a_version_of_a_known_set_has_its_facts(self):
     mean, _ = sources.channel_statistics('tfds:imagenet2012:5.1.0')
     assert mean == (0.485, 0.456, 0.406)

@@ -12,7 +12,7 @@ from ds_jax import checkpoint, convert
 from ds_jax import config as config_lib
 from ds_jax.convert import formats
 from ds_jax.convert import statistics as statistics_lib
-from ds_jax.data import folder
+from ds_jax.data import folders
 from ds_jax.train import loop
 
 _NAMES = ('a cat', 'dög', 'eel')
@@ -81,7 +81,7 @@ def test_it_is_resumed_on_the_same_classes_alone(run, tmp_path):
   assert loop.train(config, workdir) == results
   (root / 'val/dög').rename(tmp_path / 'val dög')
   (root / 'train/dög').rename(root / 'train/wolf')
-  folder.load.cache_clear()
+  folders.load.cache_clear()
   try:
     message = r"order: \['dög'\] of its 3 are gone, and \['wolf'\] of the 3"
     with pytest.raises(config_lib.ConfigError, match=message):
@@ -89,21 +89,21 @@ def test_it_is_resumed_on_the_same_classes_alone(run, tmp_path):
   finally:
     (root / 'train/wolf').rename(root / 'train/dög')
     (tmp_path / 'val dög').rename(root / 'val/dög')
-    folder.load.cache_clear()
+    folders.load.cache_clear()
 
 
 def test_one_picture_more_is_another_run(run):
   root, config, workdir, results = run
   more = root / 'train/eel/more.png'
   Image.new('RGB', (8, 8)).save(more)
-  folder.load.cache_clear()
+  folders.load.cache_clear()
   try:
     message = 'on 30 test, 72 train, 18 budget images, and there are 30 te'
     with pytest.raises(config_lib.ConfigError, match=message):
       loop.train(config, workdir)
   finally:
     more.unlink()
-    folder.load.cache_clear()
+    folders.load.cache_clear()
   assert loop.train(config, workdir) == results
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from absl import logging
 
-from ds_jax.data import decoding
+from ds_jax.data import decoding, source
 
 ENDINGS = (
   *('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.webp', '.bmp', '.tif', '.tiff'),
@@ -30,10 +30,6 @@ _TEST_NAMES = ('test', 'testing', 'val', 'valid', 'validation')
 # Names in one line of the log.
 _MAX_NAMED = 5
 _CHUNK = 1 << 20
-
-
-class FolderError(Exception):
-  """A folder that holds no data set of pictures; says what was found."""
 
 
 class FolderSource:
@@ -89,10 +85,12 @@ def load(
     `train` and `test`.
 
   Raises:
-    FolderError: if there is no such folder, or no picture in it.
+    DatasetNotFoundError: if there is no such folder, or no picture in it.
   """
   if not folder.is_dir():
-    raise FolderError(f'There is no folder {folder}.')
+    raise source.DatasetNotFoundError(
+      f'There is no folder {folder}.\n{source.RUN_EMBEDDED}'
+    )
   train, test = _splits(folder, test_share)
   if drop_copies:
     test = _without_copies(train, test)
@@ -138,12 +136,6 @@ def is_picture(path: pathlib.Path) -> bool:
   return path.suffix.lower() in ENDINGS
 
 
-def share_of(name: str) -> float:
-  """Returns a number in [0, 1) that depends on a name alone."""
-  digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()
-  return int.from_bytes(digest[:8], 'big') / 2**64
-
-
 def _walk(folder, above):
   stat = folder.stat()
   place = stat.st_dev, stat.st_ino
@@ -168,9 +160,10 @@ def _splits(folder, test_share) -> tuple[list[_File], list[_File]]:
   # A class may have such a name, but a split has folders in it.
   is_split = train is not None and bool(_folders(train))
   if tests and not is_split and len(by_name) < 3:
-    raise FolderError(
+    raise source.DatasetNotFoundError(
       f'{folder} has {tests[0].name}, but no train with a folder for each'
-      ' class. Expected DIR/train/CLASS and DIR/val/CLASS, or DIR/CLASS.'
+      ' class. Expected DIR/train/CLASS and DIR/val/CLASS, or DIR/CLASS.\n'
+      f'{source.RUN_EMBEDDED}'
     )
   used = [train, *tests[:1]]
   unused = [path.name for path in by_name.values() if path not in used]
@@ -180,7 +173,7 @@ def _splits(folder, test_share) -> tuple[list[_File], list[_File]]:
     return _files(train), _files(tests[0])
   files = _files(train if is_split else folder)
   is_test = [
-    share_of(f'{file.label}/{file.place}') < test_share for file in files
+    source.share_of(f'{file.label}/{file.place}') < test_share for file in files
   ]
   train = [file for file, test in zip(files, is_test, strict=True) if not test]
   test = [file for file, test in zip(files, is_test, strict=True) if test]
@@ -207,9 +200,9 @@ def _files(root) -> list[_File]:
     if not found:
       empty.append(folder.name)
   if not files:
-    raise FolderError(
+    raise source.DatasetNotFoundError(
       f'No pictures in {root}: expected a sub-folder for each class, with files'
-      f' that end in {", ".join(ENDINGS)}.'
+      f' that end in {", ".join(ENDINGS)}.\n{source.RUN_EMBEDDED}'
     )
   if empty:
     logging.warning(

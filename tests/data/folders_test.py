@@ -9,12 +9,12 @@ from PIL import Image
 
 from ds_jax import config as config_lib
 from ds_jax import data
-from ds_jax.data import folder, sources
+from ds_jax.data import folders, sources
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-  folder.load.cache_clear()
+  folders.load.cache_clear()
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def names(source, root):
 
 
 def load(root, test_share=0.2, drop_copies=True):
-  return folder.load(root, test_share, drop_copies)
+  return folders.load(root, test_share, drop_copies)
 
 
 @pytest.mark.parametrize('test_name', ['val', 'valid', 'validation', 'Test'])
@@ -89,7 +89,7 @@ def test_the_split_by_names_moves_no_other_file(tmp_path):
   assert sorted(every) == sorted(f'class{i % 2}/{i}.png' for i in range(200))
   for i in range(200, 240):
     write(tmp_path / f'class{i % 2}/{i}.png', i)
-  folder.load.cache_clear()
+  folders.load.cache_clear()
   after = load(tmp_path, 0.25)
   for split in ('train', 'test'):
     old, new = (set(names(f[split], tmp_path)) for f in (before, after))
@@ -122,7 +122,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path, log):
   os.symlink(elsewhere, root / 'a/linked')
   os.symlink(root / 'a', root / 'a/again')
   os.symlink(elsewhere / 'x.png', root / 'a/y.png')
-  assert [p.relative_to(root).as_posix() for p in folder.pictures(root)] == [
+  assert [p.relative_to(root).as_posix() for p in folders.pictures(root)] == [
     'a/1.png',
     'a/linked/x.png',
     'a/y.png',
@@ -241,7 +241,7 @@ def test_bad_images_change_nothing_but_themselves(mixed, threads):
   # All but those that took the place of a bad one are as without it.
   for name in ('train/c0/03.png', 'train/c1/10.png', 'train/c2/38.png'):
     write(mixed / name, 500, (9, 7))
-  folder.load.cache_clear()
+  folders.load.cache_clear()
   mended = take(data.train_batches(config(mixed), seed=3), 12)
   same = [
     (x == y).all()
