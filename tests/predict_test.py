@@ -138,17 +138,16 @@ def test_without_names_a_class_is_a_number(tmp_path):
   ('count', 'known', 'expected'),
   [
     (1, {}, [1]),
+    (1, {4}, [1]),  # not slower for ever than it need be
     (5, {}, [8]),
-    (16, {}, [16]),
+    (5, {4}, [4, 4]),
+    (16, {8}, [16]),
     (17, {16}, [16, 16]),
     (17, {16, 32}, [32]),
-    (5, {16}, [16]),
-    (3, {16}, [4]),  # not five times as many
-    (40, {16}, [16, 16, 16]),
-    (100, {8}, [128]),  # not thirteen batches
+    (40, {16}, [64]),
     (256, {}, [256]),
     (600, {}, [256, 256, 128]),
-    (600, {256, 32}, [256, 256, 256]),
+    (600, {256, 64}, [256, 256, 64, 64]),
   ],
 )
 def test_sizes_of_batches(count, known, expected):
@@ -168,18 +167,17 @@ def test_any_number_compiles_a_few_programs(workdir, subnet):
 
   jax.monitoring.register_event_duration_secs_listener(note)
   whole = predictor(images, subnet=subnet)  # 256 and 64
-  for count in (1, 16):
+  for count in (1, 2, 16):
     predictor(images[:count], subnet=subnet)
   before = len(compiled)
-  for count in (17, 2, 300, 16, 31, 50, 290, 260):
+  for count in (17, 2, 300, 16, 31, 50, 290, 259):
     found = predictor(images[:count], subnet=subnet)
     np.testing.assert_array_equal(found.buckets, whole.buckets[:count])
     np.testing.assert_allclose(
       found.logits, whole.logits[:count], rtol=1e-4, atol=1e-5
     )
   jax.monitoring.unregister_event_duration_listener(note)
-  # Of two images alone.
-  assert len(compiled) - before <= 1
+  assert len(compiled) == before
 
 
 def test_features_are_what_the_classifier_reads(predictor):

@@ -42,9 +42,9 @@ class Sizes:
 def split(count: int, known: Set[int]) -> list[int]:
   """Returns sizes of batches that hold so many images.
 
-  All but the last few are of `LIMIT`. The rest goes into the next power of two;
-  or, where that has not run yet, into what has, if that makes at most four
-  times as many rows as images for one batch, or twice for several.
+  All but the last one or two are of `LIMIT`. The rest goes into the next power
+  of two; or, where that would not be full and has not run yet, into two batches
+  of the one before, if that has.
 
   Args:
     count: of the images, at least 1.
@@ -54,17 +54,10 @@ def split(count: int, known: Set[int]) -> list[int]:
   sizes = [LIMIT] * whole
   if not rest:
     return sizes
-  wanted = 1 << (rest - 1).bit_length()
-  if wanted in known:
-    return [*sizes, wanted]
-  larger = [size for size in known if rest <= size <= 4 * rest]
-  if larger:
-    return [*sizes, min(larger)]
-  for size in sorted(known, reverse=True):
-    batches = -(-rest // size)
-    if size < rest and batches * size <= 2 * rest and batches <= 4:
-      return [*sizes, *[size] * batches]
-  return [*sizes, wanted]
+  size = 1 << (rest - 1).bit_length()
+  if rest < size and size not in known and size // 2 in known:
+    return [*sizes, size // 2, size // 2]
+  return [*sizes, size]
 
 
 def padded(images: np.ndarray, size: int) -> np.ndarray:

@@ -138,9 +138,9 @@ class PredictorTest(parameterized.TestCase):
     )
     for batch_size in (3, 3, 5, 3):
       predictor(self.images[:batch_size])
-    # Of four images; five run in eight, or in two of four.
+    # Of four images; five run in two of these.
     assert predictor._route._cache_size() == 1
-    for batch_size in (1, 16, 17, 40):
+    for batch_size in (1, 16, 17, 16):
       predictor(self.images[:batch_size])
     assert predictor._route._cache_size() == 3  # and of 1, and 16
 
