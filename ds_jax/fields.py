@@ -22,7 +22,7 @@ _NOUNS = {
   type(None): 'None',
 }
 _PLURALS = {int: 'whole numbers', float: 'numbers', str: 'texts'}
-_COUNTS = {1: 'one', 2: 'two', 3: 'three', 4: 'four'}
+_COUNTS = {2: 'two', 3: 'three', 4: 'four'}
 _EXAMPLES = {bool: True, int: 3, float: 0.5, str: 'name'}
 _WORDS = {
   **dict.fromkeys(('true', '1', 'yes', 't', 'y'), True),

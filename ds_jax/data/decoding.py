@@ -7,10 +7,12 @@ an animation it is the first frame.
 Axes: H, W, both of the upright picture.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -62,7 +64,7 @@ class Picture:
     Raises:
       ImageError: if it can't be read, or has too many pixels.
     """
-    with self._explained():
+    with _explained(self.name):
       image = self._opened()
       width, height = image.size
       if _orientation(image) >= 5:
@@ -102,7 +104,7 @@ class Picture:
       ImageError: as `pixels`.
     """
     full = self.shape[1::-1]
-    with self._explained():
+    with _explained(self.name):
       image = self.__dict__.pop('_header', None) or self._opened()
       orientation = _orientation(image)
       if size is not None:
@@ -125,35 +127,28 @@ class Picture:
       raise ImageError(_too_large(self.name, f'{width * height:,}'))
     return image
 
-  def _explained(self):
-    return _Explained(self.name)
 
-
-class _Explained:
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
   """Turns whatever Pillow raises into an ImageError."""
-
-  def __init__(self, name):
-    self._name = name
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, traceback):
-    if error is None or isinstance(error, ImageError):
-      return
-    if isinstance(error, Image.UnidentifiedImageError):
-      raise ImageError(
-        f'{self._name} is no picture that can be read, or its start is damaged;'
-        f' expected one of {", ".join(_readable())}.'
-      ) from error
-    if isinstance(
-      error, (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    ):
-      raise ImageError(_too_large(self._name, 'too many')) from error
-    # Its decoders raise any exception for a damaged file.
-    if isinstance(error, Exception) and not isinstance(error, MemoryError):
-      reason = (str(error) or type(error).__name__).rstrip('.')
-      raise ImageError(f'{self._name} can not be read: {reason}.') from error
+  try:
+    yield
+  except (ImageError, MemoryError):
+    raise
+  except Image.UnidentifiedImageError as error:
+    raise ImageError(
+      f'{name} is no picture that can be read, or its start is damaged;'
+      f' expected one of {", ".join(_readable())}.'
+    ) from error
+  except (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+  ) as error:
+    raise ImageError(_too_large(name, 'too many')) from error
+  # Its decoders raise any exception for a damaged file.
+  except Exception as error:
+    reason = (str(error) or type(error).__name__).rstrip('.')
+    raise ImageError(f'{name} can not be read: {reason}.') from error
 
 
 def from_file(path: os.PathLike | str, background=WHITE) -> Picture:
@@ -172,7 +167,7 @@ def rgb(image: Image.Image, background=WHITE) -> np.ndarray:
   Raises:
     ImageError: if it can't be decoded, or has floating-point pixels.
   """
-  with _Explained(getattr(image, 'filename', '') or 'The image'):
+  with _explained(getattr(image, 'filename', '') or 'The image'):
     orientation = _orientation(image)
     upright = _rgb(image, background)
   if orientation in _UPRIGHT:

@@ -180,7 +180,10 @@ class Predictor:
     self._run = jax.jit(
       _run, static_argnames=('parts', 'subnet'), compiler_options=options
     )
-    self._pool = jax.jit(self._pooled, static_argnames='subnet')
+    self._pool = jax.jit(
+      functools.partial(_pool, models.Architecture(model), self._normalize),
+      static_argnames='subnet',
+    )
 
   @classmethod
   def restore(
@@ -367,11 +370,6 @@ class Predictor:
     sizes = self._sizes.plan(kind, len(items))
     return batching.run(items, sizes, prepare, call)
 
-  def _pooled(self, variables, images, subnet):
-    model = models.Architecture(self.model).bind(variables)
-    trunk = model.trunk(self._normalize(images), subnet)
-    return model.pooled(trunk, subnet)
-
   def program(self, subnet: int | None = None) -> Callable[[jax.Array], Any]:
     """Returns the compiled part of a prediction, whose results stay on device.
 
@@ -486,3 +484,8 @@ def _run_alone(weights, images, parts, subnet):
 
 def _run(weights, images, parts, subnet):
   return parts.run(weights, images, subnet)
+
+
+def _pool(architecture, normalize, variables, images, subnet):
+  model = architecture.bind(variables)
+  return model.pooled(model.trunk(normalize(images), subnet), subnet)
